@@ -1,0 +1,1 @@
+"""The asyncio side of the workers: admission, dispatch, supervision."""

@@ -1,0 +1,163 @@
+"""What crosses the pipe between the API process and a worker process.
+
+Each `Submit` is answered by exactly one `Finished` or `Failed` with its id,
+also after a `Cancel`. Everything else is information.
+"""
+
+from dataclasses import dataclass
+
+from service.errors import ErrorCode
+from service.request import InpaintRequest, InpaintResult
+
+# --- API process -> worker ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Paint this."""
+
+    request_id: str
+    request: InpaintRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for this request any more: drop it at the next step. Answered by `Failed(CANCELLED)`."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Finish what was submitted, then exit with status 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Answer with a `Pong` of the same number at the next step boundary."""
+
+    number: int
+
+
+Command = Submit | Cancel | Drain | Ping
+
+# --- worker -> API process ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The loaded model, the same for every worker of a service.
+
+    Attributes:
+        id: What the operator named, or the bundled model's id.
+        kind: "demo" for the bundled model, else "checkpoint".
+        native_size: Side in pixels of the square that the model was trained on.
+        size_multiple: Working heights and widths are multiples of this.
+        unet_in_channels: 9 for inpainting UNets, 4 for plain ones.
+        schedulers: Short names that requests may ask for.
+        default_scheduler: The checkpoint's own.
+        default_steps: Steps when a request names none.
+        has_safety_checker: False only where the operator allowed it.
+    """
+
+    id: str
+    kind: str
+    native_size: int
+    size_multiple: int
+    unet_in_channels: int
+    schedulers: tuple[str, ...]
+    default_scheduler: str
+    default_steps: int
+    has_safety_checker: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """The worker is not ready yet; `stage` is a few words for `/readyz` and the log."""
+
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The worker has loaded, warmed up and takes requests.
+
+    Attributes:
+        model: The loaded model.
+        device: Where it runs, e.g. "cpu" or "cuda:0".
+        dtype: Weights' type, e.g. "float32".
+        max_images: Images that may share the running batch.
+        step_seconds: Measured seconds of one step, by UNet rows, at the native size.
+        load_seconds: Seconds from process start to this message.
+    """
+
+    model: ModelInfo
+    device: str
+    dtype: str
+    max_images: int
+    step_seconds: dict[int, float]
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgress:
+    """One request after a step: `step` of `steps` model calls done."""
+
+    request_id: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """One step of the running batch.
+
+    Attributes:
+        rows: UNet rows, padding not counted.
+        images: Images that shared the step.
+        step_seconds: Wall time of the step.
+        busy_ratio: Share of the last seconds that the worker spent computing, 0 to 1.
+        memory_bytes: Device memory by kind ("allocated", "reserved"); empty on a CPU.
+        progress: Every running request.
+    """
+
+    rows: int
+    images: int
+    step_seconds: float
+    busy_ratio: float
+    memory_bytes: dict[str, int]
+    progress: tuple[StepProgress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request is done."""
+
+    request_id: str
+    result: InpaintResult
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request ended without a picture."""
+
+    request_id: str
+    code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The worker's loop is alive."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class CannotStart:
+    """Loading failed for good: `message` is one line for the operator. The process exits after it."""
+
+    message: str
+
+
+Report = Loading | Ready | Ticked | Finished | Failed | Pong | CannotStart

@@ -1,0 +1,137 @@
+"""The operator's settings: one definition for the environment and the command line.
+
+A setting `max_body_mib` is the environment variable `INPAINT_MAX_BODY_MIB` and
+the flag `--max-body-mib` of `inpaint-service serve`; the flag wins. This is the
+only module that reads the environment.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from service.errors import StartupError
+from service.request import NsfwPolicy
+
+ENVIRONMENT_PREFIX = "INPAINT_"
+
+BUNDLED_MODEL = "demo"
+
+
+def _split_commas(value: object) -> object:
+    """Read "a, b" as a list, so that one spelling serves the environment and the command line."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _blank_is_none(value: object) -> object:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
+OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none)]
+OptionalPort = Annotated[int | None, BeforeValidator(_blank_is_none), Field(ge=0, le=65535)]
+
+
+class Settings(BaseModel):
+    """Everything an operator can set. Descriptions are the help texts of `serve`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # The model.
+    model: str = Field(BUNDLED_MODEL, description="Bundled 'demo', a hub id, a local folder or a .safetensors file.")
+    revision: OptionalText = Field(None, description="Revision of the hub id.")
+    variant: OptionalText = Field(None, description="Weight variant of the checkpoint, e.g. fp16.")
+    devices: CommaSeparated = Field(
+        ("auto",),
+        description="Comma-separated devices, one worker each: auto, cpu, cuda:0,cuda:1 or cpu,cpu.",
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="Weights' type; auto is float16 on CUDA and float32 on a CPU."
+    )
+    offline: bool = Field(False, description="Never contact the model hub.")
+    default_steps: int | None = Field(
+        None, ge=1, le=150, description="Steps of a request that names none; by default 10 for demo, else 50."
+    )
+    allow_unchecked: bool = Field(
+        False, description="Serve a checkpoint that has no safety checker; its images are never flagged."
+    )
+    nsfw_policy: NsfwPolicy = Field("black", description="What a flagged image comes back as: black, blur or flag.")
+
+    # Batching, queue and time.
+    max_images: int | None = Field(
+        None, ge=1, le=64, description="Images in the running batch; by default where throughput stops growing."
+    )
+    cpu_threads: int | None = Field(None, ge=1, description="Threads of each CPU worker; by default cores / workers.")
+    queue_size: int = Field(64, ge=1, le=100_000, description="Requests that may wait before new ones get 429.")
+    timeout: float = Field(300.0, gt=0, description="Seconds after admission within which a request is answered.")
+    drain_timeout: float = Field(60.0, gt=0, description="Seconds that accepted requests get after SIGTERM.")
+    hang_timeout: float = Field(120.0, gt=0, description="Seconds without a sign of life before a worker is replaced.")
+    load_timeout: float = Field(1800.0, gt=0, description="Seconds that a worker may take to load and warm up.")
+
+    # HTTP.
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    metrics_port: OptionalPort = Field(None, description="Serve /metrics on this port instead.")
+    api_keys: CommaSeparated = Field((), repr=False, description="Keys that clients must send as 'Authorization: Bearer …'.")
+    cors_origins: CommaSeparated = Field((), description="Web origins that may call the service.")
+    max_body_mib: float = Field(25.0, gt=0, description="Largest request body in MiB.")
+    max_pixels: int = Field(16_777_216, ge=4096, description="Largest picture, height times width.")
+
+    # Logs.
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level to log.")
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="auto is text on a terminal and JSON elsewhere."
+    )
+
+    @property
+    def max_body_bytes(self) -> int:
+        """`max_body_mib` in bytes."""
+        return int(self.max_body_mib * 1024 * 1024)
+
+    @property
+    def is_bundled_model(self) -> bool:
+        """Whether the model that ships with the package is served."""
+        return self.model == BUNDLED_MODEL
+
+    @property
+    def model_name(self) -> str:
+        """What clients see of `model`: a hub id as it is, of a path only the last part."""
+        is_path = self.model.startswith((".", "/", "~")) or self.model.endswith(".safetensors")
+        return Path(self.model).name if is_path else self.model
+
+
+def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from the environment, with `overrides` (flags) on top.
+
+    Args:
+        overrides: Values by setting name; `None` values are ignored.
+        environ: The environment to read; the process's own by default.
+
+    Raises:
+        StartupError: A value does not fit; the message names each setting at fault.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    for name in Settings.model_fields:
+        variable = environment_variable(name)
+        if variable in environ:
+            values[name] = environ[variable]
+    values.update({name: value for name, value in (overrides or {}).items() if value is not None})
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        faults = "; ".join(f"{_name_of(fault['loc'])}: {fault['msg']}" for fault in error.errors())
+        raise StartupError(f"invalid settings: {faults}") from None
+
+
+def environment_variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"{ENVIRONMENT_PREFIX}{name.upper()}"
+
+
+def _name_of(location: tuple[int | str, ...]) -> str:
+    return f"{environment_variable(str(location[0]))} / --{str(location[0]).replace('_', '-')}"

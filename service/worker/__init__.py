@@ -1,0 +1,1 @@
+"""One process per device: it loads the pipeline and runs the batch."""
