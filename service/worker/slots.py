@@ -1,0 +1,125 @@
+"""The tensors of one image between steps, and gathering many images into a batch.
+
+A `Slot` holds one image. A `SlotBatch` is the same images stacked for one UNet
+call; it is rebuilt only when images join or leave. Shapes: N images, R UNet
+rows (two per guided image), C latent channels, h x w latents, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from service.worker.sampler import InstancePlan, InstanceState, Schedule
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One image being denoised.
+
+    Attributes:
+        plan: Its schedule.
+        instance: Its own noise scheduler, where the schedule is no table.
+        generator: Its CPU generator, already advanced past what `prepare` drew.
+        state: (1 + K, C, h, w) float32: the latents, then the scheduler's history.
+        embeds: (1 or 2, T, D): the prompt's, after the negative prompt's when guided.
+        guidance_scale: Weight of the prompt; 1 when not guided.
+        conditioning: (1 + C, h, w) mask and masked-image latents, for a 9-channel UNet.
+        mask: (1, h, w) float32, for a 4-channel UNet, else None.
+        image_latents: (C, h, w) float32, for a 4-channel UNet, else None.
+        noise: (C, h, w) float32, the initial noise, for a 4-channel UNet, else None.
+        call: Model calls done.
+        drawn: (C, h, w) noise drawn for the step at hand; kept so that a step that
+            failed and is tried again uses the same.
+        advanced: (C, h, w) latents that `instance` has already stepped to, kept likewise.
+    """
+
+    plan: Schedule | InstancePlan
+    instance: InstanceState | None
+    generator: torch.Generator
+    state: torch.Tensor
+    embeds: torch.Tensor
+    guidance_scale: float
+    conditioning: torch.Tensor | None
+    mask: torch.Tensor | None
+    image_latents: torch.Tensor | None
+    noise: torch.Tensor | None
+    call: int = 0
+    drawn: torch.Tensor | None = None
+    advanced: torch.Tensor | None = None
+
+    @property
+    def num_calls(self) -> int:
+        """Model calls in all."""
+        return len(self.plan.timesteps)
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """(C, h, w) float32 latents."""
+        return self.state[0]
+
+
+@dataclass(slots=True, eq=False)
+class SlotBatch:
+    """Images stacked for UNet calls.
+
+    Attributes:
+        slots: The images, in order.
+        embeds: (R, T, D).
+        image_of_row: (R,) which image a row belongs to.
+        uncond_row: (N,) the row of the negative prompt; the same as `cond_row` when not guided.
+        cond_row: (N,) the row of the prompt.
+        guidance_scale: (N, 1, 1, 1) float32.
+        conditioning: (R, 1 + C, h, w), or None.
+        mask: (N, 1, h, w), or None.
+        image_latents: (N, C, h, w), or None.
+        noise: (N, C, h, w), or None.
+    """
+
+    slots: tuple[Slot, ...]
+    embeds: torch.Tensor
+    image_of_row: torch.Tensor
+    uncond_row: torch.Tensor
+    cond_row: torch.Tensor
+    guidance_scale: torch.Tensor
+    conditioning: torch.Tensor | None
+    mask: torch.Tensor | None
+    image_latents: torch.Tensor | None
+    noise: torch.Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.image_of_row)
+
+    @classmethod
+    def gather(cls, slots: Sequence[Slot], device: torch.device) -> "SlotBatch":
+        """Stack what stays the same from step to step."""
+        image_of_row: list[int] = []
+        uncond_row: list[int] = []
+        cond_row: list[int] = []
+        for image, slot in enumerate(slots):
+            first_row = len(image_of_row)
+            image_of_row += [image] * len(slot.embeds)
+            uncond_row.append(first_row)
+            cond_row.append(len(image_of_row) - 1)
+        rows = torch.tensor(image_of_row, device=device)
+        conditioning = _stack([slot.conditioning for slot in slots])
+        return cls(
+            slots=tuple(slots),
+            embeds=torch.cat([slot.embeds for slot in slots]),
+            image_of_row=rows,
+            uncond_row=torch.tensor(uncond_row, device=device),
+            cond_row=torch.tensor(cond_row, device=device),
+            guidance_scale=torch.tensor([slot.guidance_scale for slot in slots], device=device).view(-1, 1, 1, 1),
+            conditioning=None if conditioning is None else conditioning[rows],
+            mask=_stack([slot.mask for slot in slots]),
+            image_latents=_stack([slot.image_latents for slot in slots]),
+            noise=_stack([slot.noise for slot in slots]),
+        )
+
+
+def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Stack along a new first dimension; None when the model has no such input."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None

@@ -1,0 +1,129 @@
+"""Tiny random checkpoints of true architecture, made on the spot in diffusers format."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+
+NATIVE_SIZE = 64
+"""Side in pixels of the tiny models' working square."""
+
+
+def make_checkpoint(
+    folder: Path,
+    *,
+    in_channels: int = 9,
+    flags_everything: bool = False,
+    has_safety_checker: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Write a tiny Stable Diffusion checkpoint with random weights.
+
+    Args:
+        folder: Where to; created.
+        in_channels: 9 for an inpainting UNet, 4 for a plain one.
+        flags_everything: Whether the safety checker flags every picture or none.
+        has_safety_checker: Whether there is one.
+        seed: Of the weights.
+    """
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    checker = _safety_checker(flags_everything=flags_everything) if has_safety_checker else None
+    pipeline = StableDiffusionInpaintPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=NATIVE_SIZE,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=514,
+                hidden_size=32,
+                intermediate_size=37,
+                num_attention_heads=4,
+                num_hidden_layers=3,
+                bos_token_id=512,
+                eos_token_id=513,
+                pad_token_id=513,
+            )
+        ),
+        tokenizer=_tokenizer(folder),
+        unet=UNet2DConditionModel(
+            sample_size=NATIVE_SIZE // 8,
+            in_channels=in_channels,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}),
+        requires_safety_checker=has_safety_checker,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    torch.set_rng_state(state)
+    return folder
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """Every byte is a token, and so is every byte that ends a word; no merges."""
+    folder.mkdir(parents=True, exist_ok=True)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+    tokens = [*alphabet, *(token + "</w>" for token in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}), encoding="utf-8")
+    merges.write_text("#version: 0.2\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+    vocabulary.unlink()
+    merges.unlink()
+    return tokenizer
+
+
+def _safety_checker(*, flags_everything: bool) -> StableDiffusionSafetyChecker:
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(
+            projection_dim=16,
+            vision_config=CLIPVisionConfig(
+                hidden_size=16,
+                intermediate_size=16,
+                num_attention_heads=2,
+                num_hidden_layers=2,
+                image_size=30,
+                patch_size=6,
+            ).to_dict(),
+            text_config=CLIPTextConfig(hidden_size=16, num_attention_heads=2).to_dict(),
+        )
+    )
+    # A cosine is never under -1 nor over 1, so these thresholds decide.
+    threshold = -2.0 if flags_everything else 2.0
+    checker.concept_embeds_weights.data.fill_(threshold)
+    checker.special_care_embeds_weights.data.fill_(2.0)
+    return checker

@@ -1,0 +1,191 @@
+"""The worker's loop: join and leave at step boundaries, exactly one answer each, neighbours unharmed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from service.errors import ErrorCode, InpaintError
+from service.messages import Cancel, Drain, Failed, Finished, Ping, Pong, Report, Submit, Ticked
+from service.worker.batcher import Generation
+from service.worker.faults import BatchTooLarge, DeviceLost
+from tests.unit.fake_pipeline import DrivenWorker, FakePipeline, make_request
+
+
+def answers(reports: list[Report]) -> dict[str, Finished | Failed]:
+    """Each request's answer; a second answer to the same request fails the test."""
+    found: dict[str, Finished | Failed] = {}
+    for report in reports:
+        if isinstance(report, Finished | Failed):
+            assert report.request_id not in found
+            found[report.request_id] = report
+    return found
+
+
+def ticks(reports: list[Report]) -> list[Ticked]:
+    return [report for report in reports if isinstance(report, Ticked)]
+
+
+def run(worker: DrivenWorker, *commands: object) -> list[Report]:
+    worker.send(*commands, Drain())  # type: ignore[arg-type]
+    worker.start()
+    return worker.reports()
+
+
+def fails_for(stage: str, victim: str, error: Exception) -> FakePipeline:
+    def fail_on(at: str, generations: Sequence[Generation]) -> Exception | None:
+        return error if at == stage and any(one.request_id == victim for one in generations) else None
+
+    return FakePipeline(fail_on)
+
+
+def test_requests_with_different_steps_leave_when_they_are_done() -> None:
+    """A short request does not wait for a long one in its batch."""
+    reports = run(
+        DrivenWorker(FakePipeline()),
+        Submit("long", make_request(num_inference_steps=5)),
+        Submit("short", make_request(num_inference_steps=2)),
+    )
+    order = [report.request_id for report in reports if isinstance(report, Finished)]
+    assert order == ["short", "long"]
+    assert [tick.images for tick in ticks(reports)] == [2, 2, 1, 1, 1]
+
+
+def test_request_joins_between_steps() -> None:
+    """A request that arrives while a batch runs shares its next step."""
+    worker = DrivenWorker(FakePipeline())
+    worker.send(Submit("first", make_request(num_inference_steps=150)))
+    worker.start()
+    assert isinstance(worker.receive(), Ticked)
+    worker.send(Submit("second", make_request(num_inference_steps=2)), Drain())
+    reports = worker.reports()
+    assert set(answers(reports)) == {"first", "second"}
+    assert max(tick.images for tick in ticks(reports)) == 2
+    second = answers(reports)["second"]
+    assert isinstance(second, Finished)
+    assert second.result.mean_images == 2.0
+
+
+def test_result_carries_pictures_and_ordered_times() -> None:
+    """A result has the request's own pictures and non-negative times."""
+    (reports,) = [run(DrivenWorker(FakePipeline()), Submit("a", make_request(seed=7, num_images_per_prompt=2)))]
+    answer = answers(reports)["a"]
+    assert isinstance(answer, Finished)
+    assert answer.result.images.shape == (2, 8, 8, 3)
+    assert np.all(answer.result.images == 7)
+    timings = answer.result.timings
+    assert min(timings.prepare, timings.denoise, timings.time_to_first_step) >= 0
+
+
+def test_cancelled_request_leaves_at_the_next_step() -> None:
+    """A cancel is answered once, and the batch goes on without the request."""
+    worker = DrivenWorker(FakePipeline())
+    worker.send(
+        Submit("gone", make_request(num_inference_steps=150)), Submit("stays", make_request(num_inference_steps=150))
+    )
+    worker.start()
+    assert isinstance(worker.receive(), Ticked)
+    worker.send(Cancel("gone"), Cancel("unknown"), Drain())
+    reports = worker.reports()
+    gone = answers(reports)["gone"]
+    assert isinstance(gone, Failed)
+    assert gone.code is ErrorCode.CANCELLED
+    after = reports[reports.index(gone) + 1 :]
+    assert all(progress.request_id != "gone" for tick in ticks(after) for progress in tick.progress)
+    assert isinstance(answers(reports)["stays"], Finished)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "step", "finish"])
+def test_one_bad_request_does_not_harm_its_neighbours(stage: str) -> None:
+    """Whatever stage a request breaks, it alone is answered with an error."""
+    requests = [Submit(name, make_request(seed=index)) for index, name in enumerate("abcd")]
+    reports = run(DrivenWorker(fails_for(stage, "c", ValueError("secret /path"))), *requests)
+    found = answers(reports)
+    assert set(found) == set("abcd")
+    failed = found["c"]
+    assert isinstance(failed, Failed)
+    assert failed.code is ErrorCode.INTERNAL
+    assert "secret" not in failed.message
+    for index, name in enumerate("abcd"):
+        answer = found[name]
+        if name != "c":
+            assert isinstance(answer, Finished)
+            assert np.all(answer.result.images == index)
+
+
+def test_error_meant_for_the_client_keeps_its_code() -> None:
+    """A request that the model cannot serve is told so."""
+    error = InpaintError(ErrorCode.OUT_OF_RANGE, "clip_skip must be at most 3.")
+    reports = run(DrivenWorker(fails_for("prepare", "a", error)), Submit("a", make_request()))
+    assert answers(reports)["a"] == Failed("a", ErrorCode.OUT_OF_RANGE, "clip_skip must be at most 3.")
+
+
+def test_out_of_memory_halves_the_batch_and_remembers() -> None:
+    """When four images are too many, all four are still painted, and no more than two run from then on."""
+
+    def fail_on(stage: str, generations: Sequence[Generation]) -> Exception | None:
+        return BatchTooLarge() if stage == "step" and len(generations) > 2 else None
+
+    pipeline = FakePipeline(fail_on)
+    worker = DrivenWorker(pipeline)
+    reports = run(worker, *[Submit(name, make_request()) for name in "abcdef"])
+    assert all(isinstance(answer, Finished) for answer in answers(reports).values())
+    assert len(answers(reports)) == 6
+    assert worker.batcher.max_images == 2
+    attempts = [len(who) for stage, who in pipeline.calls if stage == "step"]
+    assert attempts.count(4) < 4
+
+
+def test_out_of_memory_alone_fails_that_request_only() -> None:
+    """One image that does not fit the device gets its own answer; the worker lives."""
+    reports = run(
+        DrivenWorker(fails_for("step", "big", BatchTooLarge())),
+        Submit("big", make_request()),
+        Submit("ok", make_request()),
+    )
+    big = answers(reports)["big"]
+    assert isinstance(big, Failed)
+    assert big.code is ErrorCode.OUT_OF_MEMORY
+    assert isinstance(answers(reports)["ok"], Finished)
+
+
+def test_lost_device_ends_the_process() -> None:
+    """A device that needs a new process is not retried; the supervisor runs the requests again elsewhere."""
+    worker = DrivenWorker(fails_for("step", "a", DeviceLost("sticky")))
+    worker.send(Submit("a", make_request()), Submit("b", make_request()))
+    worker.start()
+    assert answers(worker.reports()) == {}
+    assert isinstance(worker.error, DeviceLost)
+
+
+def test_request_past_its_deadline_is_answered_and_dropped() -> None:
+    """Nobody computes for a client that has stopped waiting."""
+    late = make_request()
+    late = type(late)(late.params, late.image, late.mask, admitted_at=0.0, deadline=0.0)
+    pipeline = FakePipeline()
+    reports = run(DrivenWorker(pipeline), Submit("late", late), Submit("ok", make_request()))
+    answer = answers(reports)["late"]
+    assert isinstance(answer, Failed)
+    assert answer.code is ErrorCode.DEADLINE
+    assert all("late" not in who for _, who in pipeline.calls)
+    assert isinstance(answers(reports)["ok"], Finished)
+
+
+def test_ping_is_answered_while_working_and_while_idle() -> None:
+    """The watchdog hears from a healthy worker whatever it does."""
+    worker = DrivenWorker(FakePipeline())
+    worker.send(Ping(1))
+    worker.start()
+    assert worker.receive() == Pong(1)
+    worker.send(Submit("a", make_request()), Ping(2), Drain())
+    assert Pong(2) in worker.reports()
+
+
+def test_worker_ends_when_the_service_is_gone() -> None:
+    """No worker outlives the API process."""
+    worker = DrivenWorker(FakePipeline())
+    worker.start()
+    worker.connection.close()
+    worker._thread.join(10)
+    assert not worker._thread.is_alive()
+    assert worker.error is None
