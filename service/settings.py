@@ -76,7 +76,9 @@ class Settings(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     metrics_port: OptionalPort = Field(None, description="Serve /metrics on this port instead.")
-    api_keys: CommaSeparated = Field((), repr=False, description="Keys that clients must send as 'Authorization: Bearer …'.")
+    api_keys: CommaSeparated = Field(
+        (), repr=False, description="Keys that clients must send as 'Authorization: Bearer …'."
+    )
     cors_origins: CommaSeparated = Field((), description="Web origins that may call the service.")
     max_body_mib: float = Field(25.0, gt=0, description="Largest request body in MiB.")
     max_pixels: int = Field(16_777_216, ge=4096, description="Largest picture, height times width.")

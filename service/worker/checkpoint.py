@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     SchedulerMixin,
-    StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from service.errors import StartupError
 from service.messages import ModelInfo
@@ -34,7 +34,7 @@ BUNDLED_FOLDER = Path(__file__).parent / "models" / "demo"
 BUNDLED_STEPS = 10
 STOCK_STEPS = 50
 
-_COMPONENT_CLASSES = {
+_WEIGHTS: dict[str, Any] = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
@@ -71,11 +71,6 @@ class Components:
     dtype: torch.dtype
     info: ModelInfo
 
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent, as stock's `vae_scale_factor`."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
 
 def load(settings: Settings, device: torch.device) -> Components:
     """Load `settings.model` on `device`.
@@ -85,50 +80,54 @@ def load(settings: Settings, device: torch.device) -> Components:
     """
     name = settings.model_name
     folder = _locate(settings)
-    _check_kind(folder, name)
+    index = _read_index(folder, name)
     dtype = _dtype(settings, device)
     try:
-        pipeline = _from_folder(folder, settings, dtype)
+        parts = {
+            part: _load_weights(folder, part, index, settings, dtype).to(device).eval().requires_grad_(False)
+            for part in _WEIGHTS
+            if _is_present(index, part)
+        }
+        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        feature_extractor = None
+        if "safety_checker" in parts:
+            feature_extractor = CLIPImageProcessor.from_pretrained(
+                folder, subfolder="feature_extractor", local_files_only=True
+            )
     except StartupError:
         raise
     except Exception as error:
         logger.debug("loading failed", exc_info=error)
         raise StartupError(f"cannot load model {name!r}: {_first_line(error)}") from error
-    if pipeline.safety_checker is None and not settings.allow_unchecked:
+    _check_supported(parts["unet"], name)
+    if "safety_checker" not in parts and not settings.allow_unchecked:
         raise StartupError(
             f"model {name!r} has no safety checker: set INPAINT_ALLOW_UNCHECKED=true to serve it without one"
         )
-    if pipeline.unet.config.time_cond_proj_dim is not None:
-        raise StartupError(f"model {name!r} has a UNet with embedded guidance, which is not supported")
-    in_channels = pipeline.unet.config.in_channels
-    if in_channels not in (4, 9):
-        raise StartupError(f"model {name!r} has a UNet of {in_channels} input channels; 9 or 4 are needed")
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.safety_checker):
-        if part is not None:
-            part.to(device=device, dtype=dtype).eval().requires_grad_(requires_grad=False)
-    sample_size = pipeline.unet.config.sample_size
-    native_latent = max(sample_size) if isinstance(sample_size, (list, tuple)) else sample_size
-    scale = int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+    vae_scale_factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+    sample_size = parts["unet"].config.sample_size
     return Components(
-        unet=pipeline.unet,
-        vae=pipeline.vae,
-        text_encoder=pipeline.text_encoder,
-        tokenizer=pipeline.tokenizer,
-        scheduler=pipeline.scheduler,
-        safety_checker=pipeline.safety_checker,
-        feature_extractor=pipeline.feature_extractor,
+        unet=parts["unet"],
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=parts.get("safety_checker"),
+        feature_extractor=feature_extractor,
         device=device,
         dtype=dtype,
         info=ModelInfo(
             id=name,
             kind="demo" if settings.is_bundled_model else "checkpoint",
-            native_size=native_latent * scale,
-            size_multiple=max(8, scale),
-            unet_in_channels=in_channels,
+            native_size=vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size)),
+            size_multiple=max(8, vae_scale_factor),
+            unet_in_channels=parts["unet"].config.in_channels,
             schedulers=scheduler_names(),
-            default_scheduler=short_name(pipeline.scheduler),
+            default_scheduler=short_name(scheduler),
             default_steps=settings.default_steps or (BUNDLED_STEPS if settings.is_bundled_model else STOCK_STEPS),
-            has_safety_checker=pipeline.safety_checker is not None,
+            has_safety_checker="safety_checker" in parts,
         ),
     )
 
@@ -159,47 +158,39 @@ def _locate(settings: Settings) -> Path:
         raise StartupError(f"cannot get model {settings.model!r} from {where}: {_first_line(error)}") from error
 
 
-def _check_kind(folder: Path, name: str) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise StartupError(f"model {name!r} is no diffusers folder: it has no model_index.json")
+def _read_index(folder: Path, name: str) -> dict[str, Any]:
+    """The checkpoint's table of contents, once it is known to be of a kind that is served."""
     try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-        kind = components.get("_class_name", "")
-    except (ValueError, AttributeError):
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        kind = index.get("_class_name", "")
+    except FileNotFoundError:
+        raise StartupError(f"model {name!r} is no diffusers folder: it has no model_index.json") from None
+    except (ValueError, AttributeError, OSError):
         raise StartupError(f"model {name!r}: its model_index.json is not readable") from None
-    if "XL" in kind or "text_encoder_2" in components or not kind.startswith("StableDiffusion"):
+    if "XL" in kind or "text_encoder_2" in index or not kind.startswith("StableDiffusion"):
         raise StartupError(
-            f"model {name!r} is a {kind or 'checkpoint of unknown kind'}; Stable Diffusion 1.x or 2.x is needed"
+            f"model {name!r} is a {kind or 'model of unknown kind'}; Stable Diffusion 1.x or 2.x is needed"
         )
-    missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if part not in components]
+    missing = [
+        part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not _is_present(index, part)
+    ]
     if missing:
         raise StartupError(f"model {name!r} lacks {', '.join(missing)}")
+    return dict(index)
 
 
-def _from_folder(folder: Path, settings: Settings, dtype: torch.dtype) -> StableDiffusionInpaintPipeline:
-    """The stock pipeline on the CPU, with every weight accounted for."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    parts: dict[str, Any] = {}
-    for part, expected in _COMPONENT_CLASSES.items():
-        _, class_name = index.get(part) or (None, None)
-        if class_name is None:
-            parts[part] = None
-            continue
-        if class_name != expected.__name__:
-            raise StartupError(f"model {settings.model_name!r}: {part} is a {class_name}, which is not supported")
-        parts[part] = _load_part(folder, part, expected, settings, dtype)
-    return StableDiffusionInpaintPipeline.from_pretrained(
-        folder,
-        **parts,
-        requires_safety_checker=parts["safety_checker"] is not None,
-        local_files_only=True,
-    )
+def _is_present(index: dict[str, Any], part: str) -> bool:
+    """Whether the checkpoint has this part; a part that was left out stands as [null, null]."""
+    return bool((index.get(part) or [None, None])[1])
 
 
-def _load_part(folder: Path, part: str, cls: type, settings: Settings, dtype: torch.dtype) -> Any:  # noqa: ANN401
+def _load_weights(folder: Path, part: str, index: dict[str, Any], settings: Settings, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    """One part of the checkpoint on the CPU, every weight of it accounted for."""
+    name, cls, class_name = settings.model_name, _WEIGHTS[part], index[part][1]
+    if class_name != cls.__name__:
+        raise StartupError(f"model {name!r}: {part} is a {class_name}, which is not supported")
     if not any((folder / part).glob("*.safetensors")):
-        raise StartupError(f"model {settings.model_name!r}: {part} has no .safetensors weights; pickles are not loaded")
+        raise StartupError(f"model {name!r}: {part} has no .safetensors weights; pickles are not loaded")
     model, loading = cls.from_pretrained(
         folder,
         subfolder=part,
@@ -211,10 +202,15 @@ def _load_part(folder: Path, part: str, cls: type, settings: Settings, dtype: to
     )
     faults = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if faults:
-        raise StartupError(
-            f"model {settings.model_name!r}: {part} lacks {len(faults)} of its weights, the first is {faults[0]}"
-        )
+        raise StartupError(f"model {name!r}: {part} lacks {len(faults)} of its weights, the first is {faults[0]}")
     return model
+
+
+def _check_supported(unet: UNet2DConditionModel, name: str) -> None:
+    if unet.config.time_cond_proj_dim is not None:
+        raise StartupError(f"model {name!r} has a UNet with embedded guidance, which is not supported")
+    if unet.config.in_channels not in (4, 9):
+        raise StartupError(f"model {name!r} has a UNet of {unet.config.in_channels} input channels; 9 or 4 are needed")
 
 
 def _dtype(settings: Settings, device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.model.checkpoints import make_checkpoint
 
@@ -17,3 +18,9 @@ def inpainting_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a 4-channel UNet."""
     return make_checkpoint(tmp_path_factory.mktemp("plain"), in_channels=4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors lose more to threads than they gain."""
+    torch.set_num_threads(1)

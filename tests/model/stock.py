@@ -31,6 +31,10 @@ class Stock:
         """(n, H, W, 3) uint8 pictures and flags of one request run alone."""
         params = request.params
         self.pipeline.scheduler = make_scheduler(params.scheduler, self._scheduler_config, seed=params.seed)
+        seeds = [params.seed + index for index in range(params.num_images_per_prompt)]
+        if hasattr(self.pipeline.scheduler, "noise_sampler_seed"):
+            # Its Brownian noise ignores the generators; a list gives each image of a batch its own, too.
+            self.pipeline.scheduler.noise_sampler_seed = seeds
         with torch.inference_mode():
             output = self.pipeline(
                 prompt=params.prompt,
@@ -45,10 +49,7 @@ class Stock:
                 num_images_per_prompt=params.num_images_per_prompt,
                 eta=params.eta,
                 clip_skip=params.clip_skip or None,
-                generator=[
-                    torch.Generator().manual_seed(params.seed + index)
-                    for index in range(params.num_images_per_prompt)
-                ],
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             )
         flags = output.nsfw_content_detected or [False] * len(output.images)
         return np.stack([np.asarray(image) for image in output.images]), flags

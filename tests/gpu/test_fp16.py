@@ -1,0 +1,69 @@
+"""On a GPU in fp16: no further from the fp32 stock result than the fp16 stock result is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+
+from service.messages import Drain, Failed, Finished, Submit, Ticked
+from service.settings import Settings
+from service.worker.checkpoint import BUNDLED_FOLDER, load
+from service.worker.pipeline import InpaintPipeline
+from service.worker.schedulers import scheduler_names
+from tests.model.requests import mixed_requests
+from tests.model.stock import Stock
+from tests.unit.fake_pipeline import DrivenWorker
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(900),
+]
+
+NOISE_SENSITIVE = 1.1
+"""Two fp16 results differ from the fp32 one by rounding alone; which is closer is chance within this factor."""
+
+
+def stock(dtype: torch.dtype, folder: Path = BUNDLED_FOLDER) -> Stock:
+    """The stock pipeline on the GPU."""
+    reference = Stock(folder)
+    reference.pipeline.to("cuda", dtype)
+    return reference
+
+
+def test_mixed_batch_is_no_further_from_fp32_stock_than_fp16_stock() -> None:
+    """Compiled or not, padded and mixed with others, a request's picture is as good as stock's own in fp16."""
+    settings = Settings(devices=("cuda:0",))
+    pipeline = InpaintPipeline(load(settings, torch.device("cuda:0")), "flag")
+    worker = DrivenWorker(pipeline, max_images=13)
+    requests = mixed_requests(scheduler_names(), 40, 256)
+    pending = [Submit(str(index), request) for index, request in enumerate(requests)]
+    worker.send(pending.pop(0))
+    worker.start()
+    reports = []
+    while pending:
+        reports.append(worker.receive())
+        if isinstance(reports[-1], Ticked | Finished):
+            worker.send(pending.pop(0))
+    worker.send(Drain())
+    reports += worker.reports()
+    assert not [report for report in reports if isinstance(report, Failed)]
+    results = {report.request_id: report.result for report in reports if isinstance(report, Finished)}
+    assert max(report.images for report in reports if isinstance(report, Ticked)) >= 6
+
+    half, full = stock(torch.float16), stock(torch.float32)
+    for reference in (half, full):
+        reference.pipeline.safety_checker = None
+        assert isinstance(reference.pipeline, StableDiffusionInpaintPipeline)
+    ours_error, half_error = [], []
+    for index, request in enumerate(requests):
+        expected = full(request)[0].astype(float)
+        ours_error.append(np.abs(results[str(index)].images - expected).mean())
+        half_error.append(np.abs(half(request)[0] - expected).mean())
+    print(
+        f"mean |error| of 255 against fp32 stock: ours {np.mean(ours_error):.4f}, fp16 stock {np.mean(half_error):.4f}"
+    )
+    assert np.mean(ours_error) <= NOISE_SENSITIVE * np.mean(half_error)
+    assert np.median(ours_error) <= NOISE_SENSITIVE * np.median(half_error)

@@ -1,0 +1,112 @@
+"""A checkpoint is served whole or not at all, and the operator is told why in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from service.errors import StartupError
+from service.settings import Settings
+from service.worker.checkpoint import load
+from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def checkpoint(inpainting_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(inpainting_checkpoint, tmp_path / "broken-model"))
+
+
+def refusal(folder: Path | str, **changes: object) -> str:
+    with pytest.raises(StartupError) as caught:
+        load(Settings(model=str(folder), **changes), CPU)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_clients_learn_of_a_model(inpainting_checkpoint: Path, plain_checkpoint: Path) -> None:
+    """Native size, channels, schedulers and defaults come from the checkpoint; no path is told."""
+    info = load(Settings(model=str(inpainting_checkpoint)), CPU).info
+    assert (info.id, info.kind) == (inpainting_checkpoint.name, "checkpoint")
+    assert (info.native_size, info.size_multiple, info.unet_in_channels) == (NATIVE_SIZE, 8, 9)
+    assert (info.default_scheduler, info.default_steps) == ("pndm", 50)
+    assert info.has_safety_checker
+    assert {"ddim", "pndm", "euler_a", "dpmpp_2m_karras", "unipc"} <= set(info.schedulers)
+    plain = load(Settings(model=str(plain_checkpoint), default_steps=7), CPU).info
+    assert (plain.unet_in_channels, plain.default_steps) == (4, 7)
+
+
+def test_weights_are_float32_on_a_cpu_and_frozen(inpainting_checkpoint: Path) -> None:
+    """Unless told otherwise, weights are float32 on a CPU, where float16 is many times slower."""
+    components = load(Settings(model=str(inpainting_checkpoint)), CPU)
+    for part in (components.unet, components.vae, components.text_encoder, components.safety_checker):
+        assert part is not None
+        assert not part.training
+        assert all(weight.dtype == torch.float32 and not weight.requires_grad for weight in part.parameters())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "safety_checker"])
+def test_missing_weights_are_refused_not_invented(checkpoint: Path, part: str) -> None:
+    """A weight that the checkpoint lacks would silently become random numbers."""
+    (path,) = (checkpoint / part).glob("*.safetensors")
+    weights = load_file(path)
+    victim = sorted(weights)[len(weights) // 2]
+    del weights[victim]
+    save_file(weights, path, metadata={"format": "pt"})
+    message = refusal(checkpoint)
+    assert part in message
+    assert "lacks 1 of its weights" in message
+
+
+def test_mis_keyed_weights_are_refused(checkpoint: Path) -> None:
+    """Weights under other names are missing weights."""
+    (path,) = (checkpoint / "text_encoder").glob("*.safetensors")
+    save_file({f"model.{key}": value for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert "text_encoder" in refusal(checkpoint)
+
+
+def test_pickled_weights_are_refused(checkpoint: Path) -> None:
+    """A pickle can run code: it is not loaded, and the message says so."""
+    (path,) = (checkpoint / "unet").glob("*.safetensors")
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    assert "pickles are not loaded" in refusal(checkpoint)
+
+
+def test_corrupt_weights_are_refused(checkpoint: Path) -> None:
+    """Half a file is no model."""
+    (path,) = (checkpoint / "vae").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert checkpoint.name in refusal(checkpoint)
+
+
+def test_other_kinds_of_model_are_named(checkpoint: Path) -> None:
+    """SDXL and others are refused by what they are."""
+    index = checkpoint / "model_index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["_class_name"] = "StableDiffusionXLInpaintPipeline"
+    index.write_text(json.dumps(content), encoding="utf-8")
+    assert "StableDiffusionXLInpaintPipeline" in refusal(checkpoint)
+    index.unlink()
+    assert "model_index.json" in refusal(checkpoint)
+
+
+def test_missing_model_is_named(tmp_path: Path) -> None:
+    """A path that is not there, and a hub id that the cache does not hold."""
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+    message = refusal("nobody/no-such-model", offline=True)
+    assert "nobody/no-such-model" in message
+    assert "offline" in message
+
+
+def test_checkpoint_without_safety_checker_needs_consent(tmp_path: Path) -> None:
+    """A model that cannot flag is served only where the operator says so, and says so itself."""
+    folder = make_checkpoint(tmp_path / "unchecked", has_safety_checker=False)
+    assert "INPAINT_ALLOW_UNCHECKED" in refusal(folder)
+    assert not load(Settings(model=str(folder), allow_unchecked=True), CPU).info.has_safety_checker
