@@ -15,6 +15,9 @@ Pixels = NDArray[np.uint8]
 Batching = Literal["shared", "solo"]
 NsfwPolicy = Literal["black", "blur", "flag"]
 
+REPAINT_FROM = 128
+"""Mask values from here on are repainted: the stock pipeline's threshold of one half, in uint8."""
+
 
 @dataclass(frozen=True, slots=True)
 class InpaintParams:

@@ -14,7 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from service.errors import ErrorCode, InpaintError
-from service.request import InpaintRequest
+from service.request import REPAINT_FROM, InpaintRequest
 from service.worker.checkpoint import Components
 from service.worker.prompts import PromptEncoder
 from service.worker.sampler import MAX_HISTORY, InstancePlan, Schedule, SchedulePlanner
@@ -23,7 +23,6 @@ from service.worker.slots import Slot
 logger = logging.getLogger(__name__)
 
 MAX_ENCODE_BATCH = 8
-MASK_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +135,8 @@ class Preparer:
         """Picture and masked picture, (3, H, W) float32 in [-1, 1], and mask, (1, H, W) float32 of 0 and 1."""
         image = torch.from_numpy(request.image.copy()).permute(2, 0, 1).float() / 255.0
         image = 2.0 * image - 1.0
-        mask = torch.from_numpy(request.mask.copy())[None].float() / 255.0
-        mask = (mask >= MASK_THRESHOLD).float()
-        return image, image * (mask < MASK_THRESHOLD), mask
+        mask = (torch.from_numpy(request.mask.copy())[None] >= REPAINT_FROM).float()
+        return image, image * (1 - mask), mask
 
     def _needs_image_latents(self, request: InpaintRequest) -> bool:
         return self._is_plain_unet or request.params.strength < 1

@@ -1,0 +1,28 @@
+"""The working size: which part of an upload is painted, at what size, and how the result gets back.
+
+    Upload ──fit──▶ Fitted(image, mask, placement) ──worker──▶ painted ──paste_back──▶ picture at upload size
+
+Three ways to fit, in the order in which they are looked for:
+
+- `padding_mask_crop`: the stock pipeline's crop around the mask, to the pixel.
+- `height` or `width`: the whole picture, resized as the stock pipeline does.
+- neither: a resolution bucket near the picture's shape, and a window of the
+  picture that holds the mask.
+"""
+
+from service.fitting.fit import Fitted, fit
+from service.fitting.paste import black_picture, opaque_where_painted, overlay, paste_back, result_size
+from service.fitting.placement import Box, Placement, Size
+
+__all__ = [
+    "Box",
+    "Fitted",
+    "Placement",
+    "Size",
+    "black_picture",
+    "fit",
+    "opaque_where_painted",
+    "overlay",
+    "paste_back",
+    "result_size",
+]

@@ -1,0 +1,96 @@
+"""From what the model painted back to a picture at upload size."""
+
+import numpy as np
+from PIL import Image
+
+from service.fitting import stock
+from service.fitting.placement import Placement, Size
+from service.request import REPAINT_FROM, Pixels
+
+
+def paste_back(
+    upload_image: Pixels, mask: Pixels, placement: Placement, painted: Pixels, *, feather: bool = False
+) -> Pixels:
+    """The upload with the painted picture where the mask is set.
+
+    Every pixel whose mask is 0, and without `feather` every pixel whose mask is below 128, is the upload's own.
+
+    Args:
+        upload_image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, as it was fitted.
+        placement: Of the fit.
+        painted: (h, w, 3) uint8 RGB at working size.
+        feather: Blend by the mask's grey instead of cutting at 128.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    window = placement.window
+    share = window.cut(mask)
+    if not feather:
+        share = np.where(share >= REPAINT_FROM, np.uint8(255), np.uint8(0))
+    # Pillow's blend is exact at both ends: 0 gives the upload's value and 255 the painted one.
+    pasted = Image.composite(
+        _to_window(painted, placement), Image.fromarray(window.cut(upload_image)), Image.fromarray(share)
+    )
+    return _with_window(upload_image, placement, pasted)
+
+
+def overlay(upload_image: Pixels, mask: Pixels, placement: Placement, painted: Pixels) -> Pixels:
+    """What the stock pipeline returns for `padding_mask_crop`: the upload laid over the painted crop.
+
+    Args:
+        upload_image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, as it was fitted.
+        placement: Of a fit with `padding_mask_crop`.
+        painted: (h, w, 3) uint8 RGB at working size.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    window = placement.window
+    laid_over = stock.apply_overlay(
+        Image.fromarray(window.cut(mask)),
+        Image.fromarray(window.cut(upload_image)),
+        _to_window(painted, placement),
+    )
+    return _with_window(upload_image, placement, laid_over)
+
+
+def opaque_where_painted(alpha: Pixels, mask: Pixels, *, feather: bool = False) -> Pixels:
+    """The upload's alpha for the pasted picture: what was painted is opaque, or it would not be seen.
+
+    Args:
+        alpha: (H, W) uint8 opacity of the upload.
+        mask: (H, W) uint8, as it was pasted with.
+        feather: As for `paste_back`.
+    """
+    if feather:
+        return np.maximum(alpha, mask)
+    return np.where(mask >= REPAINT_FROM, np.uint8(255), alpha)
+
+
+def result_size(placement: Placement, *, composite: bool) -> Size:
+    """Size of the picture that a client gets: the upload's, or the working size of a picture not pasted back."""
+    return placement.upload if composite or placement.is_padded_crop else placement.working
+
+
+def black_picture(placement: Placement, *, composite: bool) -> Pixels:
+    """What a flagged picture is replaced by, (H, W, 3) uint8 of the size that the client expects."""
+    size = result_size(placement, composite=composite)
+    return np.zeros((size.height, size.width, 3), np.uint8)
+
+
+def _to_window(painted: Pixels, placement: Placement) -> Image.Image:
+    """The painted picture at the window's size: the reverse of how the window was fitted."""
+    image, size = Image.fromarray(painted), placement.window.size
+    if placement.is_padded_crop:
+        return stock.resize_and_crop(image, size)
+    return stock.resize(image, size)
+
+
+def _with_window(upload_image: Pixels, placement: Placement, window: Image.Image) -> Pixels:
+    """A copy of the upload with other pixels in the window."""
+    result = upload_image.copy()
+    placement.window.cut(result)[:] = np.asarray(window)
+    return result

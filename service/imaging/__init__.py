@@ -1,0 +1,25 @@
+"""Bytes to arrays and back: what clients upload, and what they get.
+
+    bytes ──formats──▶ a known container ──decode──▶ Upload(image, mask, alpha)
+    mask  ──masks────▶ inverted, grown, blurred mask
+    pixels ──encode──▶ PNG, JPEG or WebP bytes
+
+Everything here is synchronous and pure, and may run in any thread. What a
+hostile upload can provoke surfaces as `InpaintError` alone.
+"""
+
+from service.imaging.decode import Upload, decode_upload
+from service.imaging.encode import MEDIA_TYPES, ImageFormat, blur_flagged, encode_image, require_encodable
+from service.imaging.masks import require_nonempty, shape_mask
+
+__all__ = [
+    "MEDIA_TYPES",
+    "ImageFormat",
+    "Upload",
+    "blur_flagged",
+    "decode_upload",
+    "encode_image",
+    "require_encodable",
+    "require_nonempty",
+    "shape_mask",
+]

@@ -1,0 +1,109 @@
+"""From arrays to the bytes that clients get."""
+
+import struct
+import zlib
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from service.errors import ErrorCode, InpaintError
+from service.imaging.formats import PNG_SIGNATURE
+from service.request import Pixels
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+JPEG_QUALITY = 95
+
+# What the file formats themselves can state.
+_MAX_SIDE: dict[ImageFormat, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
+
+_PNG_COLOUR_TYPES = {3: 2, 4: 6}  # channels: truecolour, truecolour with alpha
+_PNG_UP_FILTER = 2
+
+
+def encode_image(
+    pixels: Pixels, image_format: ImageFormat, *, alpha: Pixels | None = None, icc_profile: bytes | None = None
+) -> bytes:
+    """Encode a picture: PNG and WebP without loss, JPEG at quality 95 with full colour resolution.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        image_format: What to encode as.
+        alpha: (H, W) uint8 opacity; JPEG has none and drops it.
+        icc_profile: Colour profile to attach.
+
+    Raises:
+        InpaintError: `INVALID_FIELD` when the format cannot hold a picture of this size.
+    """
+    height, width = pixels.shape[:2]
+    require_encodable(image_format, height, width)
+    if alpha is not None and image_format != "jpeg":
+        pixels = np.dstack([pixels, alpha])
+    if image_format == "png":
+        return _encode_png(pixels, icc_profile)
+    buffer = BytesIO()
+    image = Image.fromarray(pixels)
+    if image_format == "jpeg":
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, icc_profile=icc_profile)
+    else:
+        # "exact" keeps the RGB under a transparent alpha; quality is the effort here.
+        image.save(buffer, "WEBP", lossless=True, exact=True, method=0, quality=20, icc_profile=icc_profile)
+    return buffer.getvalue()
+
+
+def require_encodable(image_format: ImageFormat, height: int, width: int) -> None:
+    """Refuse early what `encode_image` would refuse after the work is done.
+
+    Raises:
+        InpaintError: `INVALID_FIELD` when the format cannot hold a picture of this size.
+    """
+    max_side = _MAX_SIDE[image_format]
+    if max(height, width) > max_side:
+        raise InpaintError(
+            ErrorCode.INVALID_FIELD,
+            f"A {image_format} picture has at most {max_side} pixels a side; ask for png.",
+            field="output_format",
+        )
+
+
+def blur_flagged(pixels: Pixels) -> Pixels:
+    """A flagged picture blurred until nothing in it can be made out, by a Gaussian of a twelfth of its longer side.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+    """
+    radius = max(8, max(pixels.shape[:2]) / 12)
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
+
+
+def _encode_png(pixels: Pixels, icc_profile: bytes | None) -> bytes:
+    """PNG with the Up filter on every row and run-length deflate.
+
+    A third of the time of Pillow's fastest setting, which tries all five filters on each row, for a file no larger.
+
+    Args:
+        pixels: (H, W, 3 or 4) uint8.
+        icc_profile: Colour profile to attach.
+    """
+    height, width, channels = pixels.shape
+    samples = pixels.reshape(height, width * channels)
+    rows = np.empty((height, 1 + width * channels), np.uint8)
+    rows[:, 0] = _PNG_UP_FILTER
+    rows[0, 1:] = samples[0]  # the row above the first counts as zero
+    np.subtract(samples[1:], samples[:-1], out=rows[1:, 1:])
+
+    deflate = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
+    chunks = [_png_chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, _PNG_COLOUR_TYPES[channels], 0, 0, 0))]
+    if icc_profile is not None:
+        chunks.append(_png_chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc_profile)))
+    chunks.append(_png_chunk(b"IDAT", deflate.compress(rows.data) + deflate.flush()))
+    chunks.append(_png_chunk(b"IEND", b""))
+    return b"".join([PNG_SIGNATURE, *chunks])
+
+
+def _png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
