@@ -18,10 +18,11 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     SchedulerMixin,
+    StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer
 
 from service.errors import StartupError
 from service.messages import ModelInfo
@@ -93,9 +94,18 @@ def load(settings: Settings, device: torch.device) -> Components:
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
         feature_extractor = None
         if "safety_checker" in parts:
-            feature_extractor = CLIPImageProcessor.from_pretrained(
+            # The Pillow one, wherever torchvision is installed too: other resampling gives other NSFW scores.
+            feature_extractor = CLIPImageProcessorPil.from_pretrained(
                 folder, subfolder="feature_extractor", local_files_only=True
             )
+        # Stock's constructor corrects what old checkpoints have wrong, e.g. `steps_offset`.
+        scheduler = StableDiffusionInpaintPipeline(
+            **{part: parts.get(part) for part in _WEIGHTS},
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            feature_extractor=feature_extractor,
+            requires_safety_checker=False,
+        ).scheduler
     except StartupError:
         raise
     except Exception as error:

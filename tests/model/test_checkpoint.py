@@ -86,6 +86,15 @@ def test_corrupt_weights_are_refused(checkpoint: Path) -> None:
     assert checkpoint.name in refusal(checkpoint)
 
 
+def test_old_scheduler_settings_are_corrected_as_stock_does(checkpoint: Path) -> None:
+    """An old checkpoint's `steps_offset` of 0 shifts every timestep; stock corrects it, and so does the service."""
+    path = checkpoint / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"steps_offset": 0, "skip_prk_steps": False}), encoding="utf-8")
+    corrected = load(Settings(model=str(checkpoint)), CPU).scheduler.config
+    assert (corrected.steps_offset, corrected.skip_prk_steps) == (1, True)
+
+
 def test_other_kinds_of_model_are_named(checkpoint: Path) -> None:
     """SDXL and others are refused by what they are."""
     index = checkpoint / "model_index.json"
