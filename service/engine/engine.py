@@ -1,0 +1,314 @@
+"""The engine: requests in, pictures out; whatever happens to workers in between.
+
+Calls and messages go down (`submit` → queue → worker), futures and reports come
+back up. Everything here runs on one event loop; nothing blocks it.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from itertools import count
+
+from service.engine.admission import retry_after
+from service.engine.devices import resolve_devices, threads_per_worker
+from service.engine.dispatch import Load
+from service.engine.handle import Handle
+from service.engine.process import WorkerSpec
+from service.engine.routing import Router
+from service.engine.supervisor import Worker
+from service.errors import ErrorCode, InpaintError, StartupError
+from service.messages import ModelInfo, Report
+from service.metrics import Metrics
+from service.request import InpaintParams, InpaintRequest, Pixels
+from service.settings import Settings
+
+__all__ = ["Engine", "Handle", "WorkerStatus"]
+
+logger = logging.getLogger(__name__)
+
+WORKER_TARGET = "service.worker.process:run"
+
+# What an idle worker needs to read `Drain` and exit.
+_EXIT_SECONDS = 5.0
+# Assumed until a worker has told how long loading takes.
+_USUAL_LOAD_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker at one moment.
+
+    Attributes:
+        name: "0", "1", …
+        device: Where it runs, e.g. "cpu" or "cuda:0".
+        state: "loading: …", "ready", "restarting", "draining" or "stopped".
+        pid: Its process; None between runs.
+        restarts: How often it was started again.
+        max_images: Images that its running batch may hold; None until it was ready once.
+        num_in_flight: Requests in it.
+        num_running_images: Images in its latest step; 0 when idle.
+        step_seconds: Seconds of one step by UNet rows, as measured at warm-up.
+        dtype: Weights' type; None until it was ready once.
+        load_seconds: How long its latest loading took; None until it was ready once.
+    """
+
+    name: str
+    device: str
+    state: str
+    pid: int | None
+    restarts: int
+    max_images: int | None
+    num_in_flight: int
+    num_running_images: int
+    step_seconds: dict[int, float]
+    dtype: str | None
+    load_seconds: float | None
+
+
+class Engine:
+    """Admits requests, sends them to workers, and sees that each gets exactly one answer.
+
+    Args:
+        settings: The operator's settings.
+        metrics: Where to count.
+        worker_target: Dotted name of what runs in a worker process.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, *, worker_target: str = WORKER_TARGET) -> None:
+        self.model: ModelInfo | None = None
+        """The served model; None until a worker was ready."""
+        self._settings = settings
+        self._metrics = metrics
+        self._worker_target = worker_target
+        self._workers: list[Worker] = []
+        self._keep_alives: list[asyncio.Task[None]] = []
+        self._numbers = count(1)
+        self._start_failures: dict[str, str] = {}
+        self._draining_until: float | None = None
+        self._has_given_up = False
+        self._first_ready = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._startup_error: StartupError | None = None
+        self._router = Router(settings.queue_size, metrics, self._workers)
+
+    # --- start ----------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start one worker process per device; they load while this returns."""
+        devices = await resolve_devices(self._settings.devices)
+        if self.is_draining:
+            return  # Stopped before it started.
+        cpu_threads = self._settings.cpu_threads or threads_per_worker(devices)
+        for index, device in enumerate(devices):
+            spec = WorkerSpec(str(index), device, cpu_threads, self._settings, self._worker_target)
+            worker = Worker(spec, self)
+            self._workers.append(worker)
+            self._metrics.worker_up(worker.name, is_up=False)
+            task = asyncio.create_task(worker.keep_alive(), name=f"keep-alive-{worker.name}")
+            task.add_done_callback(self._on_keep_alive_done)
+            self._keep_alives.append(task)
+
+    async def wait_ready(self) -> None:
+        """Wait until a worker is ready.
+
+        Raises:
+            StartupError: No worker can start.
+        """
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._first_ready, self._failed)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._startup_error is not None:
+            raise self._startup_error
+
+    async def wait_failed(self) -> StartupError:
+        """Wait until the service cannot go on; the error says why in one line. For most services, for ever."""
+        await self._failed.wait()
+        return self._startup_error or StartupError("the service failed")
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a worker takes requests now."""
+        return not self.is_draining and any(worker.is_ready for worker in self._workers)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused for good."""
+        return self._draining_until is not None
+
+    def workers(self) -> list[WorkerStatus]:
+        """Every worker, in the order of the devices."""
+        return [_status(worker) for worker in self._workers]
+
+    # --- admission --------------------------------------------------------------------
+
+    def check_room(self) -> None:
+        """Refuse early what `submit` would refuse anyway.
+
+        Raises:
+            InpaintError: DRAINING, NOT_READY or OVERLOADED, with `retry_after_seconds`.
+        """
+        refusal = self._refusal()
+        if refusal is not None:
+            self._metrics.rejected(refusal.code)
+            raise refusal
+
+    def submit(
+        self,
+        params: InpaintParams,
+        image: Pixels,
+        mask: Pixels,
+        *,
+        timeout_seconds: float | None = None,
+        request_id: str,
+    ) -> Handle:
+        """Admit a request.
+
+        Args:
+            params: Resolved parameters.
+            image: (height, width, 3) uint8 RGB at working size.
+            mask: (height, width) uint8; ≥ 128 repaints.
+            timeout_seconds: The client's own limit; the operator's applies anyway.
+            request_id: For logs.
+
+        Raises:
+            InpaintError: DRAINING, NOT_READY or OVERLOADED, with `retry_after_seconds`.
+        """
+        self.check_room()
+        limit = self._settings.timeout if timeout_seconds is None else min(timeout_seconds, self._settings.timeout)
+        now = time.monotonic()
+        request = InpaintRequest(params, image, mask, admitted_at=now, deadline=now + limit)
+        handle = Handle(
+            request_id,
+            f"{request_id}.{next(self._numbers)}",
+            request,
+            position_of=self._router.queue.position,
+            on_cancel=self._router.cancel,
+        )
+        handle.deadline_timer = asyncio.get_running_loop().call_later(limit, self._router.expire, handle)
+        self._router.add(handle)
+        return handle
+
+    def _refusal(self) -> InpaintError | None:
+        if self._draining_until is not None:
+            return InpaintError(
+                ErrorCode.DRAINING,
+                "The service is shutting down.",
+                retry_after_seconds=retry_after(self._draining_until - time.monotonic()),
+            )
+        if not self.is_ready:
+            return InpaintError(
+                ErrorCode.NOT_READY,
+                "No worker is ready.",
+                retry_after_seconds=retry_after(self._expected_load_seconds()),
+            )
+        if self._router.queue.is_full:
+            native_size = self.model.native_size if self.model is not None else 1
+            return InpaintError(
+                ErrorCode.OVERLOADED,
+                "Too many requests are waiting.",
+                retry_after_seconds=retry_after(self._router.backlog_seconds(native_size)),
+            )
+        return None
+
+    def _expected_load_seconds(self) -> float:
+        known = [worker.ready.load_seconds for worker in self._workers if worker.ready is not None]
+        return min(known, default=_USUAL_LOAD_SECONDS)
+
+    # --- what workers say -----------------------------------------------------------------
+
+    def worker_ready(self, worker: Worker) -> None:
+        """A worker has loaded."""
+        if worker.ready is not None:
+            self.model = self.model or worker.ready.model
+        self._metrics.worker_up(worker.name, is_up=True)
+        self._first_ready.set()
+        self._router.dispatch()
+
+    def worker_reported(self, worker: Worker, report: Report) -> None:
+        """A worker says something about its requests."""
+        self._router.worker_reported(worker, report)
+
+    def worker_lost(self, worker: Worker, load: Load) -> None:
+        """A ready worker is gone."""
+        self._metrics.worker_up(worker.name, is_up=False)
+        self._router.worker_lost(worker, load)
+
+    def worker_never_ready(self, worker: Worker, reason: str) -> None:
+        """A worker could not load; when none ever could, the service has failed."""
+        self._start_failures.setdefault(worker.name, reason)
+        if self._first_ready.is_set() or self._startup_error is not None:
+            return
+        if len(self._start_failures) == len(self._workers):
+            first = next(iter(self._start_failures.values()))
+            self._startup_error = StartupError(" ".join(first.split()))
+            self._failed.set()
+
+    def worker_restarted(self, worker: Worker) -> None:
+        """A worker's process is started again."""
+        self._metrics.worker_restarted(worker.name)
+
+    def _on_keep_alive_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            logger.critical("%s ended: its worker is not restarted", task.get_name(), exc_info=task.exception())
+
+    # --- drain and stop -----------------------------------------------------------------------
+
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Refuse new requests, answer the accepted ones, stop the workers.
+
+        Args:
+            timeout_seconds: How long the accepted ones may take; the rest get DRAINING.
+
+        Returns:
+            Whether all were answered in time.
+        """
+        self._draining_until = time.monotonic() + timeout_seconds
+        logger.info("draining: %d requests to answer within %g s", len(self._router.unanswered()), timeout_seconds)
+        try:
+            await asyncio.wait_for(self._router.all_answered.wait(), timeout_seconds)
+        except TimeoutError:
+            logger.warning("drain time is over: %d requests are given up", len(self._router.unanswered()))
+            await self.stop()
+            return False
+        await self._stop_workers(_EXIT_SECONDS)
+        return not self._has_given_up
+
+    async def stop(self) -> None:
+        """Answer whatever is left with DRAINING and end all workers at once. Idempotent.
+
+        Afterwards no process, thread or descriptor of the engine is left.
+        """
+        if self._draining_until is None:
+            self._draining_until = time.monotonic()
+        for handle in self._router.unanswered():
+            self._has_given_up = True
+            error = InpaintError(ErrorCode.DRAINING, "The service is shutting down.", retry_after_seconds=1)
+            self._router.give_up(handle, error)
+        await self._stop_workers(0.0)
+
+    async def _stop_workers(self, drain_seconds: float) -> None:
+        for worker in self._workers:
+            worker.stop(drain_seconds)
+        if self._keep_alives:
+            await asyncio.wait(self._keep_alives)
+
+
+def _status(worker: Worker) -> WorkerStatus:
+    ready, load = worker.ready, worker.load
+    return WorkerStatus(
+        name=worker.name,
+        device=worker.device,
+        state=worker.state,
+        pid=worker.pid,
+        restarts=worker.restarts,
+        max_images=ready.max_images if ready is not None else None,
+        num_in_flight=load.num_requests if load is not None else 0,
+        num_running_images=load.num_running_images if load is not None else 0,
+        step_seconds=dict(ready.step_seconds) if ready is not None else {},
+        dtype=ready.dtype if ready is not None else None,
+        load_seconds=ready.load_seconds if ready is not None else None,
+    )

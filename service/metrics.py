@@ -1,0 +1,157 @@
+"""What the service counts: the only module that knows of prometheus_client.
+
+The engine reports what happens to admitted requests and to workers; the HTTP
+side reports answers and the stages that it runs itself. No label ever holds a
+prompt, an id or anything else a client can choose.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+
+from service.messages import Ticked
+from service.request import InpaintResult
+
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
+BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+CANCEL_REASONS = ("disconnect", "timeout", "client", "deadline", "drain")
+
+Stage = Literal["decode", "fit", "prepare", "denoise", "vae_decode", "safety", "render"]
+
+
+class Metrics:
+    """Every metric of one service, on a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+
+        # Answers, from the HTTP side.
+        self._requests = self._counter("requests", "Requests answered.", "endpoint", "code")
+        self._request_seconds = self._latency("request_seconds", "Seconds from request to answer.", "endpoint")
+
+        # The life of an admitted request.
+        self._queue_seconds = self._latency("queue_seconds", "Seconds from admission to the start of prepare.")
+        self._stage_seconds = self._latency("stage_seconds", "Seconds of one request in a stage.", "stage")
+        self._first_step_seconds = self._latency(
+            "time_to_first_step_seconds", "Seconds from admission to the end of the first step."
+        )
+        self._images = self._counter("images", "Images painted.")
+        self._nsfw_flagged = self._counter("nsfw_flagged", "Images that the safety checker flagged.")
+        self._rejected = self._counter("rejected", "Requests refused before admission.", "reason")
+        self._cancelled = self._counter("cancelled", "Admitted requests that were cancelled.", "reason")
+        self._failed = self._counter("failed", "Admitted requests that ended in an error.", "reason")
+        self._queue_depth = self._gauge("queue_depth", "Admitted requests that wait for a worker.")
+        self._in_flight = self._gauge("in_flight", "Requests inside workers.")
+
+        # The running batch.
+        self._step_seconds = self._latency("step_seconds", "Seconds of one step, by UNet rows rounded up.", "rows")
+        self._batch_images = self._histogram("batch_images", "Images that shared a step.", BATCH_BUCKETS)
+        self._batch_rows = self._histogram("batch_rows", "UNet rows that shared a step.", BATCH_BUCKETS)
+
+        # Workers and their devices.
+        self._worker_up = self._gauge("worker_up", "Whether the worker takes requests.", "worker")
+        self._worker_restarts = self._counter("worker_restarts", "Times the worker was started again.", "worker")
+        self._gpu_memory_bytes = self._gauge("gpu_memory_bytes", "Device memory.", "worker", "kind")
+        self._gpu_busy_ratio = self._gauge("gpu_busy_ratio", "Share of time spent computing, 0 to 1.", "worker")
+
+    # --- called by the HTTP side ----------------------------------------------
+
+    def request_done(self, endpoint: str, code: int | str, seconds: float) -> None:
+        """A request was answered.
+
+        Args:
+            endpoint: The route's template, never the path that was asked for.
+            code: HTTP status of the answer.
+            seconds: From the first byte in to the last byte out.
+        """
+        self._requests.labels(endpoint, str(code)).inc()
+        self._request_seconds.labels(endpoint).observe(seconds)
+
+    def observe_stage(self, stage: Stage, seconds: float) -> None:
+        """One request spent `seconds` in a stage; the worker's stages come with `observe_result`."""
+        self._stage_seconds.labels(stage).observe(seconds)
+
+    def render(self) -> tuple[bytes, str]:
+        """The exposition's body and content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+    # --- called by the engine ---------------------------------------------------
+
+    def rejected(self, reason: str) -> None:
+        """The engine refused a request; `reason` is the error's code."""
+        self._rejected.labels(reason).inc()
+
+    def cancelled(self, reason: str) -> None:
+        """An admitted request was given up before its answer."""
+        self._cancelled.labels(reason if reason in CANCEL_REASONS else "other").inc()
+
+    def failed(self, reason: str) -> None:
+        """An admitted request ended in an error; `reason` is the error's code."""
+        self._failed.labels(reason).inc()
+
+    def observe_result(self, result: InpaintResult) -> None:
+        """A request was painted."""
+        timings = result.timings
+        self._queue_seconds.observe(timings.queue)
+        self._first_step_seconds.observe(timings.time_to_first_step)
+        self.observe_stage("prepare", timings.prepare)
+        self.observe_stage("denoise", timings.denoise)
+        self.observe_stage("vae_decode", timings.vae_decode)
+        self.observe_stage("safety", timings.safety)
+        self._images.inc(len(result.nsfw))
+        self._nsfw_flagged.inc(sum(result.nsfw))
+
+    def observe_tick(self, worker: str, ticked: Ticked) -> None:
+        """A worker has done one step of its running batch."""
+        self._step_seconds.labels(_row_bucket(ticked.rows)).observe(ticked.step_seconds)
+        self._batch_images.observe(ticked.images)
+        self._batch_rows.observe(ticked.rows)
+        self._gpu_busy_ratio.labels(worker).set(ticked.busy_ratio)
+        for kind, num_bytes in ticked.memory_bytes.items():
+            self._gpu_memory_bytes.labels(worker, kind).set(num_bytes)
+
+    def worker_up(self, worker: str, is_up: bool) -> None:
+        """A worker became ready, or stopped being so."""
+        self._worker_up.labels(worker).set(is_up)
+        self._worker_restarts.labels(worker)  # From the start a series of its own, at 0.
+        if not is_up:
+            self._gpu_busy_ratio.labels(worker).set(0)
+
+    def worker_restarted(self, worker: str) -> None:
+        """A worker's process was lost and is started again."""
+        self._worker_restarts.labels(worker).inc()
+
+    def watch(self, queue_depth: Callable[[], int], in_flight: Callable[[], int]) -> None:
+        """Ask these two at every scrape."""
+        self._queue_depth.set_function(queue_depth)
+        self._in_flight.set_function(in_flight)
+
+    # --- construction -------------------------------------------------------------
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"inpaint_{name}", text, labels, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"inpaint_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"inpaint_{name}", text, labels, registry=self._registry, buckets=buckets)
+
+    def _latency(self, name: str, text: str, *labels: str) -> Histogram:
+        return self._histogram(name, text, LATENCY_BUCKETS, *labels)
+
+
+def _row_bucket(rows: int) -> str:
+    """The label of `rows`: the smallest power of two that holds them, so that the label has few values."""
+    return str(next((bucket for bucket in ROW_BUCKETS if rows <= bucket), f"{ROW_BUCKETS[-1]}+"))

@@ -1,0 +1,287 @@
+"""A worker without a model: the same messages, a real little batch loop, and pictures that give mix-ups away.
+
+The picture is a function of seed, prompt, image and mask (`paint`), so a test
+knows what the right answer is. A word in the prompt makes a request misbehave:
+
+    fail    answered with INTERNAL after its first step
+    crash   the process kills itself after the first step
+    hang    the process stops looking at its pipe after the first step
+    slow    ten times as many steps
+    nsfw    flagged, and black
+    hold    its last step is not done before the file named by `gate` exists
+
+`Settings.model` carries the worker's own behaviour, as a query: `fake?name=value&…`
+
+    step_seconds=0.002   duration of a step
+    max_images=4         images in a batch
+    gate=PATH            see "hold"
+    cannot_start=TEXT    answered with CannotStart
+    fails_on=DEVICE      only this device is answered with CannotStart
+    starts=PATH          a line is appended for each start
+    die_from_start=N     the N-th start (of this device; needs `starts`) and later ones die while loading
+    die_after_ready=1    it dies as soon as it is ready
+    load_forever=1       it never becomes ready
+    startup_gate=PATH    it becomes ready when the file exists
+"""
+
+import hashlib
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import ErrorCode
+from service.messages import (
+    Cancel,
+    CannotStart,
+    Drain,
+    Failed,
+    Finished,
+    Loading,
+    ModelInfo,
+    Ping,
+    Pong,
+    Ready,
+    StepProgress,
+    Submit,
+    Ticked,
+)
+from service.request import InpaintParams, InpaintRequest, InpaintResult, Timings
+from service.settings import Settings
+
+MODEL = ModelInfo(
+    id="fake",
+    kind="demo",
+    native_size=64,
+    size_multiple=8,
+    unet_in_channels=9,
+    schedulers=("ddim", "euler"),
+    default_scheduler="ddim",
+    default_steps=4,
+    has_safety_checker=True,
+)
+
+
+def paint(params: InpaintParams, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The only right answer to a request: noise of its own where the mask is white, (n, height, width, 3)."""
+    images = []
+    for index in range(params.num_images_per_prompt):
+        digest = hashlib.sha256(f"{params.seed + index}|{params.prompt}|".encode() + image.tobytes() + mask.tobytes())
+        noise = np.random.default_rng(int.from_bytes(digest.digest())).integers(0, 256, image.shape, dtype=np.uint8)
+        images.append(np.where(mask[..., None] >= 128, noise, image))
+    if "nsfw" in params.prompt:
+        return np.zeros_like(np.stack(images))
+    return np.stack(images)
+
+
+def run(connection: Connection, settings: Settings, device: str, cpu_threads: int) -> None:
+    """The worker's whole life, as `service.worker.process.run`."""
+    started_at = time.monotonic()
+    options = Options.of(settings)
+    connection.send(Loading("loading the model"))
+    if options.cannot_start or options.fails_on == device:
+        connection.send(CannotStart(options.cannot_start or f"no such device: {device}"))
+        return
+    if options.starts and options.count_start(device) >= options.die_from_start:
+        os._exit(3)
+    options.wait_until_loaded(connection)
+    connection.send(
+        Ready(
+            model=MODEL,
+            device=device,
+            dtype="float32",
+            max_images=settings.max_images or options.max_images,
+            step_seconds=dict.fromkeys((1, 2, 4), options.step_seconds),
+            load_seconds=time.monotonic() - started_at,
+        )
+    )
+    if options.die_after_ready:
+        os._exit(4)
+    FakeWorker(connection, options, settings.max_images or options.max_images, cpu_threads).run()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `Settings.model` asks for."""
+
+    step_seconds: float = 0.002
+    max_images: int = 4
+    gate: str = ""
+    cannot_start: str = ""
+    fails_on: str = ""
+    starts: str = ""
+    die_from_start: int = 1_000_000
+    die_after_ready: bool = False
+    load_forever: bool = False
+    startup_gate: str = ""
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Options":
+        """Read the query, each value as the default's type."""
+        pairs = dict(parse_qsl(settings.model.partition("?")[2]))
+        return cls(**{name: type(getattr(cls, name))(value) for name, value in pairs.items()})
+
+    def count_start(self, device: str) -> int:
+        """Note this start; returns how many there were on this device."""
+        path = Path(self.starts)
+        with path.open("a") as file:
+            file.write(f"{device} {os.getpid()}\n")
+        return sum(line.startswith(f"{device} ") for line in path.read_text().splitlines())
+
+    def wait_until_loaded(self, connection: Connection) -> None:
+        """Load for as long as is asked for; like any load, it does not look at the pipe's messages."""
+        while self.load_forever or (self.startup_gate and not Path(self.startup_gate).exists()):
+            time.sleep(0.01)
+        connection.send(Loading("warming up"))
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request here."""
+
+    request_id: str
+    request: InpaintRequest
+    steps: int
+    steps_done: int = 0
+    started_at: float = 0.0
+    first_step_at: float = 0.0
+    batch_images: list[int] = field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        """Images in the batch."""
+        return self.request.params.num_images_per_prompt
+
+    def asks_for(self, behaviour: str) -> bool:
+        """Whether the prompt holds the word."""
+        return behaviour in self.request.params.prompt.split()
+
+
+class FakeWorker:
+    """Receive, admit, step, retire."""
+
+    def __init__(self, connection: Connection, options: Options, max_images: int, cpu_threads: int) -> None:
+        self.connection = connection
+        self.options = options
+        self.max_images = max_images
+        self.cpu_threads = cpu_threads
+        self.waiting: list[Generation] = []
+        self.running: list[Generation] = []
+        self.is_draining = False
+
+    def run(self) -> None:
+        """Until drained, or until the pipe is closed."""
+        try:
+            while self.receive():
+                self.admit()
+                self.step()
+                self.retire()
+        except (EOFError, ConnectionError):
+            return
+
+    def receive(self) -> bool:
+        """Handle what has arrived; False once drained."""
+        while self.connection.poll() or not (self.waiting or self.running):
+            if self.is_draining and not (self.waiting or self.running):
+                return False
+            match self.connection.recv():
+                case Submit(request_id, request):
+                    self.waiting.append(Generation(request_id, request, _steps(request.params)))
+                case Cancel(request_id):
+                    self.cancel(request_id)
+                case Ping(number):
+                    self.connection.send(Pong(number))
+                case Drain():
+                    self.is_draining = True
+            if self.is_draining and not (self.waiting or self.running):
+                return False
+        return True
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request."""
+        for generation in self.waiting + self.running:
+            if generation.request_id == request_id:
+                self.fail(generation, ErrorCode.CANCELLED)
+
+    def fail(self, generation: Generation, code: ErrorCode) -> None:
+        """Answer a request without a picture."""
+        for generations in (self.waiting, self.running):
+            if generation in generations:
+                generations.remove(generation)
+        self.connection.send(Failed(generation.request_id, code, "The request failed."))
+
+    def admit(self) -> None:
+        """Let the first ones in line join the batch."""
+        while self.waiting:
+            num_running = sum(generation.num_images for generation in self.running)
+            if self.running and num_running + self.waiting[0].num_images > self.max_images:
+                return
+            generation = self.waiting.pop(0)
+            generation.started_at = time.monotonic()
+            self.running.append(generation)
+
+    def step(self) -> None:
+        """One step of everything that runs."""
+        if not self.running:
+            return
+        time.sleep(self.options.step_seconds)
+        now = time.monotonic()
+        num_images = sum(generation.num_images for generation in self.running)
+        for generation in self.running:
+            is_held = generation.asks_for("hold") and not Path(self.options.gate).exists()
+            if not (is_held and generation.steps_done == generation.steps - 1):
+                generation.steps_done += 1
+            generation.first_step_at = generation.first_step_at or now
+            generation.batch_images.append(num_images)
+        self.connection.send(
+            Ticked(
+                rows=sum(generation.request.params.num_rows for generation in self.running),
+                images=num_images,
+                step_seconds=self.options.step_seconds,
+                busy_ratio=1.0,
+                memory_bytes={},
+                progress=tuple(StepProgress(g.request_id, g.steps_done, g.steps) for g in self.running),
+            )
+        )
+
+    def retire(self) -> None:
+        """Misbehave as asked, and answer what is done."""
+        for generation in list(self.running):
+            if generation.asks_for("crash"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if generation.asks_for("hang"):
+                time.sleep(3600)
+            if generation.asks_for("fail"):
+                self.fail(generation, ErrorCode.INTERNAL)
+            elif generation.steps_done == generation.steps:
+                self.running.remove(generation)
+                self.connection.send(Finished(generation.request_id, _result(generation)))
+
+
+def _steps(params: InpaintParams) -> int:
+    steps = max(1, int(params.num_inference_steps * params.strength))
+    return 10 * steps if "slow" in params.prompt.split() else steps
+
+
+def _result(generation: Generation) -> InpaintResult:
+    request, now = generation.request, time.monotonic()
+    is_flagged = "nsfw" in request.params.prompt
+    return InpaintResult(
+        images=paint(request.params, request.image, request.mask),
+        nsfw=(is_flagged,) * generation.num_images,
+        timings=Timings(
+            queue=generation.started_at - request.admitted_at,
+            prepare=0.0,
+            denoise=now - generation.started_at,
+            vae_decode=0.0,
+            safety=0.0,
+            time_to_first_step=generation.first_step_at - request.admitted_at,
+        ),
+        mean_images=sum(generation.batch_images) / len(generation.batch_images),
+    )

@@ -1,0 +1,129 @@
+"""The pipe to a worker, without a worker."""
+
+import asyncio
+import multiprocessing
+import os
+import struct
+import threading
+from collections.abc import Awaitable, Callable
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from service.engine.transport import Transport
+from service.messages import Cancel, Loading, Ping, Pong, Report, Submit
+from service.request import InpaintRequest
+from tests.process.support import PARAMS, pixels
+
+
+def over_a_pipe(main: Callable[[Transport, Connection, "asyncio.Queue[Report]"], Awaitable[None]]) -> None:
+    """Run `main` with a transport, the worker's end, and what the transport has handed over."""
+
+    async def run() -> None:
+        ours, theirs = multiprocessing.Pipe()
+        reports: asyncio.Queue[Report] = asyncio.Queue()
+        transport = Transport(ours, "test", reports.put_nowait)
+        try:
+            await main(transport, theirs, reports)
+        finally:
+            theirs.close()
+            await transport.close()
+
+    threads_before = threading.active_count()
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert threading.active_count() == threads_before
+
+
+def test_reports_arrive_in_order() -> None:
+    """Reports reach the event loop in the order in which the worker sent them, then the end of the pipe."""
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        for number in range(100):
+            theirs.send(Pong(number))
+        theirs.close()
+        await transport.at_eof
+        assert [reports.get_nowait() for _ in range(100)] == [Pong(number) for number in range(100)]
+
+    over_a_pipe(main)
+
+
+def test_commands_arrive_in_order_and_intact() -> None:
+    """A worker gets what was sent: ids, parameters, every pixel."""
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        image, mask = pixels(1)
+        request = InpaintRequest(PARAMS, image, mask, admitted_at=1.0, deadline=2.0)
+        transport.send(Submit("a", request))
+        transport.send(Cancel("a"))
+        submit, cancel = await asyncio.to_thread(lambda: (theirs.recv(), theirs.recv()))
+        assert (submit.request_id, submit.request.params) == ("a", PARAMS)
+        np.testing.assert_array_equal(submit.request.image, image)
+        np.testing.assert_array_equal(submit.request.mask, mask)
+        assert cancel == Cancel("a")
+        assert reports.empty()
+
+    over_a_pipe(main)
+
+
+def test_full_pipe_blocks_nobody() -> None:
+    """Sending to a worker that does not read returns, reports still arrive, and closing works."""
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        image = np.zeros((2048, 2048, 3), np.uint8)
+        request = InpaintRequest(PARAMS, image, image[..., 0], admitted_at=1.0, deadline=2.0)
+        for number in range(3):
+            transport.send(Submit(str(number), request))
+        theirs.send(Loading("still here"))
+        assert await reports.get() == Loading("still here")
+
+    over_a_pipe(main)
+
+
+def test_closed_pipe_is_the_end_and_not_an_error() -> None:
+    """After the worker is gone, sending is dropped in silence and closing twice is fine."""
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        theirs.close()
+        await transport.at_eof
+        transport.send(Ping(1))
+        await transport.close()
+        await transport.close()
+        assert reports.empty()
+
+    over_a_pipe(main)
+
+
+def test_torn_frame_is_the_end() -> None:
+    """A worker that dies in the middle of a message is a dead worker; what it said before counts."""
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        theirs.send(Pong(1))
+        os.write(theirs.fileno(), struct.pack("!i", 1000) + b"only the beginning")
+        theirs.close()
+        await transport.at_eof
+        assert reports.get_nowait() == Pong(1)
+        assert reports.empty()
+
+    over_a_pipe(main)
+
+
+def test_garbage_is_the_end() -> None:
+    """A frame that is no message ends the conversation instead of the thread's life going unnoticed."""
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        theirs.send_bytes(b"\x80garbage")
+        await transport.at_eof
+        assert reports.empty()
+
+    over_a_pipe(main)
+
+
+def test_hang_up_ends_the_wait_for_a_silent_worker() -> None:
+    """Closing does not wait for the other end, which a worker's own children may still hold."""
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        await transport.close()
+        assert not theirs.closed
+        assert reports.empty()
+
+    over_a_pipe(main)
