@@ -116,6 +116,7 @@ class Ticked:
         rows: UNet rows, padding not counted.
         images: Images that shared the step.
         step_seconds: Wall time of the step.
+        max_images: Images that may share the running batch now: it sinks when device memory did not suffice.
         busy_ratio: Share of the last seconds that the worker spent computing, 0 to 1.
         memory_bytes: Device memory by kind ("allocated", "reserved"); empty on a CPU.
         progress: Every running request.
@@ -124,6 +125,7 @@ class Ticked:
     rows: int
     images: int
     step_seconds: float
+    max_images: int
     busy_ratio: float
     memory_bytes: dict[str, int]
     progress: tuple[StepProgress, ...]

@@ -244,6 +244,7 @@ class FakeWorker:
                 rows=sum(generation.request.params.num_rows for generation in self.running),
                 images=num_images,
                 step_seconds=self.options.step_seconds,
+                max_images=self.max_images,
                 busy_ratio=1.0,
                 memory_bytes={},
                 progress=tuple(StepProgress(g.request_id, g.steps_done, g.steps) for g in self.running),

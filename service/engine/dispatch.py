@@ -31,8 +31,6 @@ class Load:
 
     def __init__(self, ready: Ready) -> None:
         self.max_images = ready.max_images
-        # The next request already waits in the worker when a place in the batch becomes free.
-        self.max_images_in_flight = ready.max_images + max(1, ready.max_images // 4)
         self.num_running_images = 0
         self.last_chosen = 0
         self._native_size = ready.model.native_size
@@ -50,6 +48,11 @@ class Load:
     def num_images(self) -> int:
         """Images of those."""
         return sum(entry.handle.num_images for entry in self._in_flight.values())
+
+    @property
+    def max_images_in_flight(self) -> int:
+        """A few more than may run: the next request already waits in the worker when a place becomes free."""
+        return self.max_images + max(1, self.max_images // 4)
 
     @property
     def has_suspect(self) -> bool:
@@ -96,6 +99,7 @@ class Load:
     def ticked(self, ticked: Ticked) -> None:
         """Follow the pace of the step that was reported."""
         self.num_running_images = ticked.images
+        self.max_images = ticked.max_images
         entries = (self._in_flight.get(progress.request_id) for progress in ticked.progress)
         num_row_calls = sum(entry.row_weight for entry in entries if entry is not None)
         if num_row_calls > 0:

@@ -305,7 +305,7 @@ def _status(worker: Worker) -> WorkerStatus:
         state=worker.state,
         pid=worker.pid,
         restarts=worker.restarts,
-        max_images=ready.max_images if ready is not None else None,
+        max_images=load.max_images if load is not None else ready.max_images if ready is not None else None,
         num_in_flight=load.num_requests if load is not None else 0,
         num_running_images=load.num_running_images if load is not None else 0,
         step_seconds=dict(ready.step_seconds) if ready is not None else {},

@@ -183,6 +183,7 @@ class Worker:
                 rows=sum(generation.request.params.num_rows for generation in generations),
                 images=num_images,
                 step_seconds=now - started_at,
+                max_images=self._batcher.max_images,
                 busy_ratio=self._busy.ratio(),
                 memory_bytes=self._pipeline.memory_bytes(),
                 progress=tuple(StepProgress(g.request_id, g.steps_done, g.steps) for g in generations),

@@ -47,8 +47,7 @@ def _device_faults(method: Callable[_P, _T]) -> Callable[_P, _T]:
             with torch.inference_mode():
                 return method(*args, **kwargs)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # Does nothing where CUDA is not in use.
             raise BatchTooLarge from error
         except torch.AcceleratorError as error:
             raise DeviceLost(str(error)) from error

@@ -36,7 +36,8 @@ class _Posterior:
         """Scaled latents (C, h, w), as stock's `_encode_vae_image`."""
         shape = (1, *self.mean.shape)
         noise = randn_tensor(shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)[0]
-        return scaling_factor * (self.mean + self.std * noise)
+        latents: torch.Tensor = scaling_factor * (self.mean + self.std * noise)
+        return latents
 
 
 class Preparer:

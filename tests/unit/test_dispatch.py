@@ -19,10 +19,20 @@ def load_of(*handles: Admitted, max_images: int = 4, seconds_per_row: float = 0.
     return load
 
 
-def ticked(*progress: StepProgress, step_seconds: float) -> Ticked:
+def ticked(*progress: StepProgress, step_seconds: float, max_images: int = 4) -> Ticked:
     """A step of these requests, of one image each."""
     rows = 2 * len(progress)
-    return Ticked(rows, len(progress), step_seconds, busy_ratio=1.0, memory_bytes={}, progress=progress)
+    return Ticked(
+        rows, len(progress), step_seconds, max_images=max_images, busy_ratio=1.0, memory_bytes={}, progress=progress
+    )
+
+
+def test_room_sinks_with_a_cap_that_the_worker_lowered() -> None:
+    """A worker that ran out of memory is sent no more than it still takes."""
+    load = load_of(max_images=8)
+    assert load.max_images_in_flight == 10
+    load.ticked(ticked(step_seconds=0.1, max_images=2))
+    assert (load.max_images, load.max_images_in_flight) == (2, 3)
 
 
 @pytest.mark.parametrize(("max_images", "in_flight"), [(1, 2), (4, 5), (8, 10)])

@@ -29,7 +29,7 @@ def busy_metrics() -> Metrics:
     metrics.worker_up("0", is_up=True)
     metrics.worker_restarted("0")
     metrics.watch(queue_depth=lambda: 3, in_flight=lambda: 2)
-    metrics.observe_tick("0", Ticked(6, 3, 0.02, 0.75, {"allocated": 5, "reserved": 7}, ()))
+    metrics.observe_tick("0", Ticked(6, 3, 0.02, 4, 0.75, {"allocated": 5, "reserved": 7}, ()))
     timings = Timings(queue=1, prepare=2, denoise=3, vae_decode=4, safety=5, time_to_first_step=6)
     metrics.observe_result(InpaintResult(pixels(0)[0][None].repeat(3, 0), (True, False, True), timings))
     return metrics
@@ -93,7 +93,7 @@ def test_labels_have_few_values() -> None:
     """Neither the size of batches nor the words of a caller grow the number of series."""
     metrics = Metrics()
     for rows in range(1, 300):
-        metrics.observe_tick("0", Ticked(rows, rows, 0.1, 1.0, {}, ()))
+        metrics.observe_tick("0", Ticked(rows, rows, 0.1, 64, 1.0, {}, ()))
         metrics.cancelled(f"because {rows}")
     assert len(samples(metrics)["inpaint_step_seconds_count"]) == 9
     assert samples(metrics)["inpaint_cancelled_total"] == {"reason=other": 299}
