@@ -6,7 +6,6 @@ the masked picture. As with stock and a list of generators, the VAE samples come
 from the first image's generator and serve all images of the request.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +18,6 @@ from service.worker.checkpoint import Components
 from service.worker.prompts import PromptEncoder
 from service.worker.sampler import MAX_HISTORY, InstancePlan, Schedule, SchedulePlanner
 from service.worker.slots import Slot
-
-logger = logging.getLogger(__name__)
 
 MAX_ENCODE_BATCH = 8
 
@@ -96,27 +93,16 @@ class Preparer:
                 f"clip_skip must be at most {self._prompts.max_clip_skip} for this model.",
                 field="clip_skip",
             )
-        try:
-            return [
-                self._planner.plan(
-                    params.scheduler,
-                    num_inference_steps=params.num_inference_steps,
-                    strength=params.strength,
-                    eta=params.eta,
-                    seed=params.seed + image,
-                )
-                for image in range(params.num_images_per_prompt)
-            ]
-        except (ValueError, IndexError, ZeroDivisionError) as error:
-            # How diffusers' schedulers refuse a number of steps that they cannot run.
-            logger.info(
-                "scheduler %s cannot run %d steps", params.scheduler, params.num_inference_steps, exc_info=error
+        return [
+            self._planner.plan(
+                params.scheduler,
+                num_inference_steps=params.num_inference_steps,
+                strength=params.strength,
+                eta=params.eta,
+                seed=params.seed + image,
             )
-            raise InpaintError(
-                ErrorCode.OUT_OF_RANGE,
-                f"The scheduler {params.scheduler} cannot run this number of steps with this model.",
-                field="num_inference_steps",
-            ) from error
+            for image in range(params.num_images_per_prompt)
+        ]
 
     def _encode_prompts(self, requests: Sequence[InpaintRequest]) -> list[torch.Tensor]:
         """(1 or 2, T, D) for each request: negative prompt first when guided. clip_skip is for the prompt only."""

@@ -17,6 +17,7 @@ from service.settings import Settings
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
 from tests.model.requests import mixed_requests
 from tests.model.stock import Stock
+from tests.process.support import num_ready, until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -37,9 +38,7 @@ async def running_engine(checkpoint: Path) -> AsyncIterator[Engine]:
     await engine.start()
     try:
         await engine.wait_ready()
-        async with asyncio.timeout(120):
-            while any(worker.state != "ready" for worker in engine.workers()):
-                await asyncio.sleep(0.05)
+        await until(lambda: num_ready(engine) == 2)
         yield engine
     finally:
         await engine.stop()
@@ -64,9 +63,7 @@ def test_two_workers_share_the_work_and_one_may_be_killed(checkpoint: Path) -> N
     async def scenario() -> list[InpaintResult]:
         async with running_engine(checkpoint) as engine:
             tasks = [asyncio.create_task(paint(engine, index, one)) for index, one in enumerate(requests)]
-            async with asyncio.timeout(120):
-                while not all(worker.num_in_flight for worker in engine.workers()):
-                    await asyncio.sleep(0)
+            await until(lambda: all(worker.num_running_images for worker in engine.workers()))
             victim = engine.workers()[0].pid
             assert victim is not None
             os.kill(victim, signal.SIGKILL)
