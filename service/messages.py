@@ -88,7 +88,7 @@ class Ready:
         dtype: Weights' type, e.g. "float32".
         max_images: Images that may share the running batch.
         step_seconds: Measured seconds of one step, by UNet rows, at the native size.
-        load_seconds: Seconds from process start to this message.
+        load_seconds: Seconds from the start of loading, imports included, to this message.
     """
 
     model: ModelInfo

@@ -1,22 +1,13 @@
 """A worker process from start to end; the supervisor's child runs this."""
 
-import logging
 import time
 from multiprocessing.connection import Connection
-
-import diffusers
-import torch
-import transformers
 
 from service.errors import StartupError
 from service.messages import CannotStart, Loading, Ready
 from service.settings import Settings
 from service.worker.batcher import Batcher
-from service.worker.checkpoint import load
 from service.worker.loop import Worker
-from service.worker.pipeline import InpaintPipeline
-
-logger = logging.getLogger(__name__)
 
 
 def run(connection: Connection, settings: Settings, device: str, cpu_threads: int) -> None:
@@ -29,14 +20,16 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
         cpu_threads: Threads of torch on a CPU device.
     """
     started_at = time.monotonic()
-    torch.set_num_threads(cpu_threads)
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    connection.send(Loading("starting torch"))
+    # Here, not above: these imports take seconds, which are part of loading.
+    from service.worker.checkpoint import load  # noqa: PLC0415
+    from service.worker.pipeline import InpaintPipeline  # noqa: PLC0415
+    from service.worker.runtime import open_device  # noqa: PLC0415
+
     try:
+        torch_device = open_device(device, cpu_threads)
         connection.send(Loading("loading the model"))
-        components = load(settings, _device(device))
+        components = load(settings, torch_device)
         pipeline = InpaintPipeline(components, settings.nsfw_policy)
         connection.send(Loading("warming up"))
         max_images, step_seconds = pipeline.warm_up(settings.max_images)
@@ -54,17 +47,3 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
         )
     )
     Worker(connection, pipeline, Batcher(max_images)).run()
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise StartupError(f"no such device: {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise StartupError(f"device {name!r} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise StartupError(f"device {name!r} does not exist: torch sees {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device

@@ -38,7 +38,7 @@ def test_mixed_batch_is_no_further_from_fp32_stock_than_fp16_stock() -> None:
     settings = Settings(devices=("cuda:0",))
     pipeline = InpaintPipeline(load(settings, torch.device("cuda:0")), "flag")
     worker = DrivenWorker(pipeline, max_images=13)
-    requests = mixed_requests(scheduler_names(), 40, 256)
+    requests = mixed_requests(scheduler_names()[::3], 24, 256)
     pending = [Submit(str(index), request) for index, request in enumerate(requests)]
     worker.send(pending.pop(0))
     worker.start()

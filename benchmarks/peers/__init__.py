@@ -1,0 +1,1 @@
+"""What others run, as small servers to measure beside this service."""
