@@ -141,11 +141,12 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A request ended without a picture."""
+    """A request ended without a picture; `field` is the form field at fault, where there is one."""
 
     request_id: str
     code: ErrorCode
     message: str
+    field: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

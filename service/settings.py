@@ -32,8 +32,9 @@ def _blank_is_none(value: object) -> object:
 
 
 CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
-OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none)]
-OptionalPort = Annotated[int | None, BeforeValidator(_blank_is_none), Field(ge=0, le=65535)]
+BlankIsNone = BeforeValidator(_blank_is_none)
+OptionalText = Annotated[str | None, BlankIsNone]
+OptionalPort = Annotated[Annotated[int, Field(ge=0, le=65535)] | None, BlankIsNone]
 
 
 class Settings(BaseModel):
@@ -42,7 +43,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # The model.
-    model: str = Field(BUNDLED_MODEL, description="Bundled 'demo', a hub id, a local folder or a .safetensors file.")
+    model: str = Field(BUNDLED_MODEL, description="The bundled 'demo', a hub id, or a local folder in diffusers format.")
     revision: OptionalText = Field(None, description="Revision of the hub id.")
     variant: OptionalText = Field(None, description="Weight variant of the checkpoint, e.g. fp16.")
     devices: CommaSeparated = Field(
@@ -53,8 +54,8 @@ class Settings(BaseModel):
         "auto", description="Weights' type; auto is float16 on CUDA and float32 on a CPU."
     )
     offline: bool = Field(False, description="Never contact the model hub.")
-    default_steps: int | None = Field(
-        None, ge=1, le=150, description="Steps of a request that names none; by default 10 for demo, else 50."
+    default_steps: Annotated[Annotated[int, Field(ge=1, le=150)] | None, BlankIsNone] = Field(
+        None, description="Steps of a request that names none; by default 10 for demo, else 50."
     )
     allow_unchecked: bool = Field(
         False, description="Serve a checkpoint that has no safety checker; its images are never flagged."
@@ -62,10 +63,12 @@ class Settings(BaseModel):
     nsfw_policy: NsfwPolicy = Field("black", description="What a flagged image comes back as: black, blur or flag.")
 
     # Batching, queue and time.
-    max_images: int | None = Field(
-        None, ge=1, le=64, description="Images in the running batch; by default where throughput stops growing."
+    max_images: Annotated[Annotated[int, Field(ge=1, le=64)] | None, BlankIsNone] = Field(
+        None, description="Images in the running batch; by default where throughput stops growing."
     )
-    cpu_threads: int | None = Field(None, ge=1, description="Threads of each CPU worker; by default cores / workers.")
+    cpu_threads: Annotated[Annotated[int, Field(ge=1)] | None, BlankIsNone] = Field(
+        None, description="Threads of each CPU worker; by default cores / workers."
+    )
     queue_size: int = Field(64, ge=1, le=100_000, description="Requests that may wait before new ones get 429.")
     timeout: float = Field(300.0, gt=0, description="Seconds after admission within which a request is answered.")
     drain_timeout: float = Field(60.0, gt=0, description="Seconds that accepted requests get after SIGTERM.")

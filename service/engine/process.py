@@ -15,6 +15,7 @@ from multiprocessing import parent_process, resource_tracker
 from multiprocessing.connection import Connection
 
 from service.engine.transport import Transport
+from service.logs import configure_logging
 from service.messages import CannotStart, Command, Report
 from service.settings import Settings
 
@@ -150,6 +151,7 @@ def _child(spec: WorkerSpec, connection: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
     threading.Thread(target=_exit_with_parent, name="exit-with-parent", daemon=True).start()
+    configure_logging(spec.settings)
     if spec.device.startswith("cpu"):
         # libgomp's threads otherwise spin at every barrier: on cores that others use too, a step takes
         # five times as long.

@@ -104,8 +104,8 @@ class Router:
                     _advance(load, progress)
             case Finished(key, result):
                 self._on_answer(load, key, result)
-            case Failed(key, code, message):
-                self._on_answer(load, key, InpaintError(code, message))
+            case Failed(key, code, message, field):
+                self._on_answer(load, key, InpaintError(code, message, field=field))
 
     def _on_answer(self, load: Load, key: str, outcome: Outcome) -> None:
         handle = load.remove(key)

@@ -237,7 +237,7 @@ class Worker:
         """The one place where a generation ends without a picture."""
         self._batcher.remove(generation)
         generation.latents = None
-        self._report(Failed(generation.request_id, error.code, error.message))
+        self._report(Failed(generation.request_id, error.code, error.message, error.field))
 
     def _report(self, report: Report) -> None:
         self._connection.send(report)

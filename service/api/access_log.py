@@ -1,0 +1,89 @@
+"""The outermost middleware: names each request, answers for what nobody else caught, logs and counts it."""
+
+import logging
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.problems import CLIENT_CLOSED_REQUEST, internal_error, problem_response
+from service.api.records import RequestRecord, attach_record, new_record
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+UNMATCHED = "unmatched"
+
+# Asked every few seconds by machines: logged only when someone is debugging.
+_QUIET_ENDPOINTS = frozenset({"/healthz", "/readyz", "/metrics"})
+
+
+class AccessLog:
+    """Pure ASGI middleware.
+
+    Args:
+        app: What to wrap.
+        metrics: Where to count.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_at = time.monotonic()
+        record = new_record(Headers(scope=scope))
+        attach_record(scope, record)
+        status: int | None = None
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except ClientDisconnect:
+            pass  # Nobody is there to be answered.
+        except Exception:
+            logger.exception("request %s failed unexpectedly", record.request_id)
+            if status is None:
+                response = problem_response(internal_error(), Request(scope))
+                await response(scope, receive, send_named)
+        finally:
+            self._note(scope, record, status or CLIENT_CLOSED_REQUEST, time.monotonic() - started_at)
+
+    def _note(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
+        endpoint = _endpoint(scope)
+        self._metrics.request_done(endpoint, status, seconds)
+        fields: dict[str, object] = {
+            "request_id": record.request_id,
+            "method": scope["method"],
+            "route": endpoint,
+            "status": status,
+            "seconds": round(seconds, 4),
+        }
+        if record.code is not None:
+            fields["code"] = record.code
+        fields.update({f"{stage}_seconds": round(spent, 4) for stage, spent in record.stages.items()})
+        if record.mean_images is not None:
+            fields["mean_images"] = round(record.mean_images, 2)
+        level = logging.DEBUG if endpoint in _QUIET_ENDPOINTS else logging.INFO
+        logger.log(level, "request", extra={"fields": fields})
+
+
+def _endpoint(scope: Scope) -> str:
+    """The template of the route that the request is for, also of one that was refused before routing."""
+    for route in scope["app"].routes:
+        match, _ = route.matches(scope)
+        if match is not Match.NONE:
+            return str(getattr(route, "path", UNMATCHED))
+    return UNMATCHED

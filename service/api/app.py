@@ -1,0 +1,87 @@
+"""The application: routes, middleware, error answers, and the engine's life around them."""
+
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service.api import docs, inpaint, ops
+from service.api.access_log import AccessLog
+from service.api.gate import Gate
+from service.api.openapi import TITLE, openapi_document
+from service.api.problems import on_http_exception, on_inpaint_error, on_validation_error
+from service.api.state import Intake, ServiceState
+from service.engine.devices import usable_cores
+from service.engine.engine import Engine
+from service.errors import InpaintError
+from service.metrics import Metrics
+from service.settings import Settings
+
+MAX_PICTURE_THREADS = 8
+
+
+def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
+    """The application; its lifespan starts, drains and stops the engine.
+
+    Args:
+        settings: The operator's settings.
+        engine: Not started yet.
+        metrics: Where the engine counts, too.
+    """
+    app = _App(
+        title=TITLE,
+        # FastAPI's own documentation pages load their scripts from another site.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+        lifespan=_lifespan,
+        exception_handlers={
+            InpaintError: on_inpaint_error,
+            HTTPException: on_http_exception,
+            RequestValidationError: on_validation_error,
+        },
+    )
+    app.state.service = ServiceState(
+        settings=settings,
+        engine=engine,
+        metrics=metrics,
+        executor=ThreadPoolExecutor(min(MAX_PICTURE_THREADS, usable_cores() + 1), thread_name_prefix="pictures"),
+        intake=Intake(settings.queue_size, metrics),
+        created=int(time.time()),
+    )
+    inpaint.add_routes(app)
+    ops.add_routes(app, with_metrics=settings.metrics_port is None)
+    docs.add_routes(app)
+    app.add_middleware(Gate, settings=settings, engine=engine)
+    app.add_middleware(AccessLog, metrics=metrics)  # The last one is the outermost.
+    return app
+
+
+class _App(FastAPI):
+    """FastAPI with a document that knows the form."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document; made once."""
+        if self.openapi_schema is None:
+            self.openapi_schema = openapi_document(self.routes)
+        return self.openapi_schema
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Workers load while the first requests already get answers (503) and health is reported."""
+    state = app.state.service
+    await state.engine.start()
+    try:
+        yield
+    finally:
+        if not state.engine.is_draining:
+            await state.engine.drain(state.settings.drain_timeout)
+        await state.engine.stop()
+        state.executor.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,167 @@
+"""What is decided from a request's head alone, and how its body may arrive. Pure ASGI, around everything else.
+
+Frameworks check keys and sizes once they have read the whole body; here
+nothing of it has been read when a request is refused.
+"""
+
+import hmac
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.body import BodyGuard
+from service.api.problems import problem_response
+from service.engine.engine import Engine
+from service.errors import ErrorCode, InpaintError
+from service.settings import Settings
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_HEADERS = 100
+
+# For load balancers and process managers, which hold no keys.
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_CORS_METHODS = "GET, POST, DELETE"
+_CORS_HEADERS = "Authorization, Content-Type, Idempotency-Key, Prefer, X-API-Key, X-Request-Id"
+_CORS_EXPOSED = "Retry-After, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, X-Should-Retry"
+_CORS_MAX_AGE_SECONDS = 600
+
+
+class Gate:
+    """Middleware that refuses requests before any byte of their body is read.
+
+    Args:
+        app: What to wrap.
+        settings: The operator's settings.
+        engine: Asked whether it drains.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, engine: Engine) -> None:
+        self._app = app
+        self._engine = engine
+        self._keys = tuple(key.encode() for key in settings.api_keys)
+        self._origins = frozenset(_normal_origin(origin) for origin in settings.cors_origins)
+        self._max_body_bytes = settings.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request pass, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("Origin")
+        is_allowed_origin = origin is not None and self._allows(origin)
+        if self._origins:
+            send = _with_cors(send, origin if is_allowed_origin else None)
+        try:
+            self._check_head(scope, headers)
+            if is_allowed_origin and scope["method"] == "OPTIONS" and "Access-Control-Request-Method" in headers:
+                await _preflight_response()(scope, receive, send)
+                return
+            self._check_origin(scope["method"], headers, is_allowed_origin)
+            self._check_key(scope["path"], headers)
+            self._check_body(headers)
+            self._check_draining(scope["method"])
+        except InpaintError as error:
+            await problem_response(error, Request(scope))(scope, receive, send)
+            return
+        guard = BodyGuard(receive, self._max_body_bytes, lambda: self._engine.is_draining)
+        await self._app(scope, guard.receive, send)
+
+    # --- checks ---------------------------------------------------------------
+
+    def _check_head(self, scope: Scope, headers: Headers) -> None:
+        raw = scope["headers"]
+        if len(raw) > MAX_HEADERS or sum(len(name) + len(value) for name, value in raw) > MAX_HEADER_BYTES:
+            raise InpaintError(
+                ErrorCode.HEADERS_TOO_LARGE, f"Send at most {MAX_HEADERS} headers and {MAX_HEADER_BYTES} bytes of them."
+            )
+        if len(headers.getlist("Host")) != 1:
+            raise InpaintError(ErrorCode.BAD_REQUEST, "Send exactly one Host header.")
+        lengths = headers.getlist("Content-Length")
+        if len(lengths) > 1 or (lengths and "Transfer-Encoding" in headers):
+            raise InpaintError(ErrorCode.BAD_REQUEST, "The length of the body is stated twice.")
+
+    def _check_origin(self, method: str, headers: Headers, is_allowed_origin: bool) -> None:
+        """Refuse what another site's page makes a browser send; other clients send none of these headers."""
+        if method in _SAFE_METHODS or is_allowed_origin:
+            return
+        origin, site = headers.get("Origin"), headers.get("Sec-Fetch-Site")
+        if origin == "null":
+            is_cross = True
+        elif site is not None:
+            is_cross = site not in ("same-origin", "none")
+        else:
+            is_cross = origin is not None and _host_of(origin) != headers["Host"].lower()
+        if is_cross:
+            raise InpaintError(ErrorCode.CROSS_ORIGIN, "Pages of this origin may not call the service.")
+
+    def _check_key(self, path: str, headers: Headers) -> None:
+        if not self._keys or path in OPEN_PATHS:
+            return
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        sent = token.strip() if scheme.lower() == "bearer" else headers.get("X-API-Key", "")
+        # All keys are compared, each in constant time: how long it takes says nothing about them.
+        matches = [hmac.compare_digest(sent.encode("latin-1"), key) for key in self._keys]
+        if not any(matches):
+            raise InpaintError(
+                ErrorCode.UNAUTHORIZED, "Send a valid API key as 'Authorization: Bearer …' or X-API-Key."
+            )
+
+    def _check_body(self, headers: Headers) -> None:
+        encodings = {part.strip().lower() for part in ",".join(headers.getlist("Content-Encoding")).split(",")}
+        if encodings - {"", "identity"}:
+            raise InpaintError(ErrorCode.UNSUPPORTED_MEDIA, "Send the body without a Content-Encoding.")
+        declared = headers.get("Content-Length", "0")
+        if not declared.isdecimal():
+            raise InpaintError(ErrorCode.BAD_REQUEST, "The Content-Length is no number.")
+        if int(declared) > self._max_body_bytes:
+            raise InpaintError(ErrorCode.BODY_TOO_LARGE, f"The body may have at most {self._max_body_bytes} bytes.")
+
+    def _check_draining(self, method: str) -> None:
+        if method not in _SAFE_METHODS and self._engine.is_draining:
+            self._engine.check_room()
+
+    def _allows(self, origin: str) -> bool:
+        return origin != "null" and ("*" in self._origins or _normal_origin(origin) in self._origins)
+
+
+def _normal_origin(origin: str) -> str:
+    return origin.strip().rstrip("/").lower()
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
+def _preflight_response() -> Response:
+    return Response(
+        status_code=204,
+        headers={
+            "Access-Control-Allow-Methods": _CORS_METHODS,
+            "Access-Control-Allow-Headers": _CORS_HEADERS,
+            "Access-Control-Max-Age": str(_CORS_MAX_AGE_SECONDS),
+        },
+    )
+
+
+def _with_cors(send: Send, origin: str | None) -> Send:
+    """Let pages of an allowed origin read the answer, and keep caches from mixing up origins."""
+
+    async def send_with_cors(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers.add_vary_header("Origin")
+            if origin is not None:
+                headers["Access-Control-Allow-Origin"] = origin
+                headers["Access-Control-Expose-Headers"] = _CORS_EXPOSED
+        await send(message)
+
+    return send_with_cors

@@ -1,0 +1,192 @@
+"""The OpenAPI document: what FastAPI cannot find out by itself, because the form is read by hand."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.routing import BaseRoute
+
+from service import __version__
+from service.api.fields import InpaintFields
+from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS
+from service.api.schemas import InpaintAnswer, Problem
+from service.errors import ErrorCode
+from service.imaging import MEDIA_TYPES
+
+TITLE = "inpaint-service"
+DESCRIPTION = """\
+Stable Diffusion inpainting over HTTP. Send a picture, a mask and a prompt; get the picture back with the masked part
+repainted. Pixels outside the mask are the upload's own, bit for bit.
+
+Errors are `application/problem+json` (RFC 9457) with a `code` to branch on. Every answer has `X-Request-Id`; failures
+that would only repeat themselves have `X-Should-Retry: false`.
+"""
+
+# Keys that YAML reads as strings without quotes.
+_PLAIN_KEY = re.compile(r"[A-Za-z$][A-Za-z0-9_-]*")
+_YAML_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
+
+_REFS = "#/components/schemas/{model}"
+
+# In any answer; the gate refuses before a route is known.
+_GATE_CODES = (
+    ErrorCode.BAD_REQUEST,
+    ErrorCode.UNAUTHORIZED,
+    ErrorCode.HEADERS_TOO_LARGE,
+    ErrorCode.INTERNAL,
+)
+_NOT_OF_INPAINT = frozenset({ErrorCode.NOT_FOUND, ErrorCode.METHOD_NOT_ALLOWED, ErrorCode.CANCELLED})
+
+
+def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
+    """The documented error answers of a route.
+
+    Args:
+        codes: What the route itself may answer; what the gate answers is added.
+    """
+    by_status: dict[int, list[str]] = defaultdict(list)
+    for code in dict.fromkeys((*codes, *_GATE_CODES)):
+        by_status[STATUS[code]].append(code.value)
+    return {status: _problem(by_status[status]) for status in sorted(by_status)}
+
+
+def _problem(codes: Iterable[str]) -> dict[str, Any]:
+    return {
+        "description": ", ".join(f"`{code}`" for code in codes),
+        "content": {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": _REFS.format(model="Problem")}}},
+    }
+
+
+def _form_schema() -> dict[str, Any]:
+    """The form's fields: two files, then the scalars with their bounds."""
+    schema = InpaintFields.model_json_schema()
+    properties = {
+        "image": _file("PNG, JPEG or WebP. EXIF orientation is applied."),
+        "mask": _file(
+            "White (at least half) is repainted, black is kept; same size as the image. "
+            "Left out: the image's alpha is the mask, fully transparent is repainted."
+        ),
+        **{name: _without_null(field) for name, field in schema["properties"].items()},
+    }
+    return {"type": "object", "properties": properties, "required": ["image", "prompt"], "additionalProperties": False}
+
+
+def _file(description: str) -> dict[str, Any]:
+    return {
+        "type": "string",
+        "format": "binary",
+        "contentMediaType": "application/octet-stream",
+        "description": description,
+    }
+
+
+def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
+    """A form field is sent or left out; it cannot be null."""
+    flat = {name: value for name, value in field.items() if name not in ("anyOf", "title")}
+    for alternative in field.get("anyOf", ()):
+        if alternative != {"type": "null"}:
+            flat.update(alternative)
+    if flat.get("default", ...) is None:
+        del flat["default"]
+    return flat
+
+
+_PICTURE_TYPES = ", ".join(MEDIA_TYPES.values())
+
+INPAINT_OPERATION: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": _form_schema(),
+                "encoding": {"image": {"contentType": _PICTURE_TYPES}, "mask": {"contentType": _PICTURE_TYPES}},
+            }
+        },
+    }
+}
+
+_TEXT = {"type": "string"}
+
+INPAINT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The repainted picture, in the shape that `Accept` asks for: the image itself by default.",
+        "headers": {
+            "X-Seed": {"description": "Repeats the image; of image answers.", "schema": {"type": "integer"}},
+            "X-NSFW-Content-Detected": {
+                "description": "Whether the safety checker flagged the image; of image answers.",
+                "schema": {"type": "string", "enum": ["true", "false"]},
+            },
+            "Server-Timing": {"description": "Milliseconds by stage.", "schema": _TEXT},
+            "X-Request-Id": {"description": "Names the request in logs.", "schema": _TEXT},
+        },
+        "content": {
+            **{
+                media_type: {"schema": {"type": "string", "format": "binary", "contentMediaType": media_type}}
+                for media_type in MEDIA_TYPES.values()
+            },
+            "application/json": {"schema": {"$ref": _REFS.format(model="InpaintAnswer")}},
+            "text/event-stream": {
+                "schema": {
+                    "type": "string",
+                    "description": "Events `queued` {position}, `progress` {step, steps, eta in seconds or null}, "
+                    "then `completed` (the JSON answer) or `failed` (a problem).",
+                }
+            },
+        },
+    },
+    **problems(*(code for code in ErrorCode if code not in _NOT_OF_INPAINT)),
+}
+
+
+def openapi_document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
+    """The document of an application's routes."""
+    document = get_openapi(title=TITLE, version=__version__, description=DESCRIPTION, routes=list(routes))
+    _, definitions = models_json_schema(
+        [(Problem, "serialization"), (InpaintAnswer, "serialization")], ref_template=_REFS
+    )
+    components = document.setdefault("components", {})
+    components["schemas"] = dict(sorted({**components.get("schemas", {}), **definitions["$defs"]}.items()))
+    components["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    # The empty one: without configured keys none is asked for.
+    document["security"] = [{}, {"bearer": []}, {"apiKey": []}]
+    return {name: _with_whole_numbers(value) for name, value in document.items()}
+
+
+def _with_whole_numbers(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """150 for 150.0, which is what bounds of integers become on their way here."""
+    if isinstance(value, dict):
+        return {name: _with_whole_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def to_yaml(value: object, indent: int = 0) -> str:
+    """A JSON value as YAML in block style; strings are quoted as in JSON, which YAML reads alike."""
+    margin = "  " * indent
+    if isinstance(value, dict) and value:
+        return "".join(f"{margin}{_key(str(name))}:{_nested(item, indent)}" for name, item in value.items())
+    if isinstance(value, list) and value:
+        return "".join(f"{margin}-{_nested(item, indent)}" for item in value)
+    return f"{margin}{_scalar(value)}\n"
+
+
+def _nested(value: object, indent: int) -> str:
+    if isinstance(value, dict | list) and value:
+        return "\n" + to_yaml(value, indent + 1)
+    return f" {_scalar(value)}\n"
+
+
+def _key(name: str) -> str:
+    return name if _PLAIN_KEY.fullmatch(name) and name.lower() not in _YAML_WORDS else _scalar(name)
+
+
+def _scalar(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,194 @@
+"""What operators and clients ask besides pictures: health, readiness, metrics, the served model."""
+
+import json
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service import __version__
+from service.api.fields import (
+    MAX_IMAGES_PER_PROMPT,
+    MAX_PROMPT_CHARACTERS,
+    MAX_STEPS,
+    side_bounds,
+)
+from service.api.openapi import problems
+from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS, problem_body, problem_headers
+from service.api.records import record_of
+from service.api.schemas import (
+    Health,
+    ModelLimits,
+    ModelList,
+    ModelWorker,
+    Readiness,
+    ReadyWorker,
+    ServedModel,
+)
+from service.api.state import ServiceState, state_of
+from service.engine.engine import Engine
+from service.errors import ErrorCode, InpaintError
+from service.messages import ModelInfo
+from service.metrics import Metrics
+
+_NO_KEY: dict[str, Any] = {"security": []}
+
+_READY_POLL_SECONDS = 5
+
+_DESCRIPTIONS = {
+    "demo": "The bundled demo model: small, trained on drawn scenes, here to show that everything works. "
+    "For photographs, serve a real checkpoint with --model.",
+}
+
+
+def add_routes(app: FastAPI, *, with_metrics: bool) -> None:
+    """Their routes.
+
+    Args:
+        app: Where to add them.
+        with_metrics: Whether `/metrics` is here, and not on a port of its own.
+    """
+    app.add_api_route("/healthz", healthz, openapi_extra=_NO_KEY, summary="Whether the process lives")
+    app.add_api_route(
+        "/readyz",
+        readyz,
+        response_model=Readiness,
+        openapi_extra=_NO_KEY,
+        summary="Whether requests are taken now",
+        responses=problems(ErrorCode.NOT_READY, ErrorCode.DRAINING),
+    )
+    app.add_api_route(
+        "/v1/models",
+        models,
+        summary="The served model, its schedulers and limits",
+        responses=problems(ErrorCode.NOT_READY),
+    )
+    if with_metrics:
+        app.add_api_route(
+            "/metrics",
+            metrics,
+            response_class=Response,
+            response_model=None,
+            summary="Prometheus metrics",
+            responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems()},
+        )
+    app.add_api_route("/", index, include_in_schema=False)
+
+
+async def index() -> dict[str, str]:
+    """Where to go from here."""
+    return {
+        "service": "inpaint-service",
+        "version": __version__,
+        "inpaint": "POST /v1/inpaint",
+        "models": "/v1/models",
+        "docs": "/docs",
+        "openapi": "/openapi.json",
+        "ready": "/readyz",
+    }
+
+
+async def healthz() -> Health:
+    """200 while the process answers at all; it does no work."""
+    return Health()
+
+
+async def readyz(request: Request) -> Response:
+    """200 when a worker takes requests, else 503; each worker's state either way."""
+    engine = state_of(request).engine
+    workers = [
+        ReadyWorker(name=worker.name, device=worker.device, state=worker.state, restarts=worker.restarts)
+        for worker in engine.workers()
+    ]
+    error = _why_not_ready(engine)
+    if error is None:
+        return JSONResponse(Readiness(status="ready", workers=workers).model_dump())
+    record = record_of(request.scope)
+    record.code = error.code
+    body = {
+        **problem_body(error, record.request_id),
+        "workers": [worker.model_dump() for worker in workers],
+    }
+    return Response(json.dumps(body), STATUS[error.code], problem_headers(error), PROBLEM_MEDIA_TYPE)
+
+
+def _why_not_ready(engine: Engine) -> InpaintError | None:
+    """Not `check_room`, which counts what it refuses, and refuses also when the queue is full."""
+    if engine.is_draining:
+        return InpaintError(
+            ErrorCode.DRAINING, "The service is shutting down.", retry_after_seconds=_READY_POLL_SECONDS
+        )
+    if not engine.is_ready:
+        return InpaintError(ErrorCode.NOT_READY, "No worker is ready.", retry_after_seconds=_READY_POLL_SECONDS)
+    return None
+
+
+async def models(request: Request) -> ModelList:
+    """The one served model in OpenAI's list shape, with our fields beside."""
+    state = state_of(request)
+    return ModelList(data=[_served(state, state.model)])
+
+
+def _served(state: ServiceState, model: ModelInfo) -> ServedModel:
+    settings = state.settings
+    min_side, max_side = side_bounds(model)
+    workers = [
+        ModelWorker(
+            name=worker.name,
+            state=worker.state,
+            device=worker.device,
+            dtype=worker.dtype,
+            max_images=worker.max_images,
+            step_seconds=worker.step_seconds,
+        )
+        for worker in state.engine.workers()
+    ]
+    return ServedModel(
+        id=model.id,
+        created=state.created,
+        owned_by=model.id.partition("/")[0] if "/" in model.id else "inpaint-service",
+        kind=model.kind,
+        description=_DESCRIPTIONS.get(model.kind, "A checkpoint that the operator named."),
+        native_size=model.native_size,
+        schedulers=list(model.schedulers),
+        default_scheduler=model.default_scheduler,
+        default_steps=model.default_steps,
+        has_safety_checker=model.has_safety_checker,
+        nsfw_policy=settings.nsfw_policy,
+        limits=ModelLimits(
+            max_prompt_characters=MAX_PROMPT_CHARACTERS,
+            max_steps=MAX_STEPS,
+            max_images_per_prompt=MAX_IMAGES_PER_PROMPT,
+            min_side=min_side,
+            max_side=max_side,
+            side_multiple=model.size_multiple,
+            max_pixels=settings.max_pixels,
+            max_body_bytes=settings.max_body_bytes,
+            timeout_seconds=settings.timeout,
+            queue_size=settings.queue_size,
+        ),
+        workers=workers,
+    )
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    return _exposition(state_of(request).metrics)
+
+
+def _exposition(source: Metrics) -> Response:
+    body, content_type = source.render()
+    return Response(body, headers={"Content-Type": content_type})
+
+
+def metrics_app(source: Metrics) -> ASGIApp:
+    """An application of `/metrics` alone, for a port of its own."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        is_scrape = scope["path"] == "/metrics" and scope["method"] in ("GET", "HEAD")
+        response = _exposition(source) if is_scrape else Response(status_code=404)
+        await response(scope, receive, send)
+
+    return app

@@ -1,0 +1,175 @@
+"""The JSON that clients get: wire models of the native endpoints' answers."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field
+
+from service.api.fields import InpaintFields
+from service.errors import ErrorCode
+from service.imaging import ImageFormat
+from service.request import Batching, InpaintParams
+
+
+class EffectiveParameters(BaseModel):
+    """What the request was painted with: every default filled in."""
+
+    prompt: str
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float
+    num_images_per_prompt: int
+    seed: int
+    scheduler: str
+    eta: float
+    height: int = Field(description="Working height.")
+    width: int = Field(description="Working width.")
+    padding_mask_crop: int | None
+    clip_skip: int
+    mask_blur: int
+    mask_grow: int
+    mask_invert: bool
+    composite: bool
+    output_format: ImageFormat
+    batching: Batching
+
+    @classmethod
+    def of(cls, fields: InpaintFields, params: InpaintParams) -> Self:
+        """From what was sent and what became of it; the latter wins."""
+        resolved = {name: getattr(params, name) for name in cls.model_fields if hasattr(params, name)}
+        sent = fields.model_dump(include=set(cls.model_fields) - set(resolved))
+        return cls(**sent, **resolved)
+
+
+class InpaintedImage(BaseModel):
+    """One painted image."""
+
+    b64_json: str = Field(description="The file, base64.", json_schema_extra={"contentEncoding": "base64"})
+    media_type: str
+    seed: int = Field(description="What its noise was drawn with: the request's seed plus its index.")
+    nsfw_content_detected: bool
+    width: int
+    height: int
+
+
+class StageTimings(BaseModel):
+    """Seconds by stage; `total` runs from the first byte in to the start of the answer."""
+
+    queue: float
+    prepare: float
+    denoise: float
+    decode: float
+    safety: float
+    render: float
+    total: float
+
+
+class BatchShare(BaseModel):
+    """What the request shared its steps with."""
+
+    mean_images: float = Field(description="Mean number of images in the batch, this request's included.")
+
+
+class InpaintAnswer(BaseModel):
+    """The answer to an inpainting request as JSON."""
+
+    id: str
+    created: int = Field(description="Unix time.")
+    model: str
+    parameters: EffectiveParameters
+    images: list[InpaintedImage]
+    timings: StageTimings
+    batch: BatchShare
+
+
+class FieldError(BaseModel):
+    """What is wrong with one field."""
+
+    field: str
+    message: str
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it."""
+
+    type: Literal["about:blank"]
+    title: str
+    status: int
+    detail: str
+    code: ErrorCode
+    request_id: str
+    errors: list[FieldError]
+
+
+class ModelLimits(BaseModel):
+    """What a request may ask for."""
+
+    max_prompt_characters: int
+    max_steps: int
+    max_images_per_prompt: int
+    min_side: int
+    max_side: int
+    side_multiple: int
+    max_pixels: int
+    max_body_bytes: int
+    timeout_seconds: float
+    queue_size: int
+
+
+class ModelWorker(BaseModel):
+    """One worker of the model."""
+
+    name: str
+    state: str
+    device: str
+    dtype: str | None
+    max_images: int | None
+    step_seconds: dict[int, float] = Field(description="Measured seconds of one step, by UNet rows.")
+
+
+class ServedModel(BaseModel):
+    """The served model: OpenAI's fields, and ours."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    kind: str = Field(description="`demo` for the bundled model, else `checkpoint`.")
+    description: str
+    native_size: int = Field(description="Side of the square that the model was trained on.")
+    schedulers: list[str]
+    default_scheduler: str
+    default_steps: int
+    has_safety_checker: bool
+    nsfw_policy: str
+    limits: ModelLimits
+    workers: list[ModelWorker]
+
+
+class ModelList(BaseModel):
+    """OpenAI's list shape."""
+
+    object: Literal["list"] = "list"
+    data: list[ServedModel]
+
+
+class Health(BaseModel):
+    """The process lives."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ReadyWorker(BaseModel):
+    """One worker's state."""
+
+    name: str
+    device: str
+    state: str
+    restarts: int
+
+
+class Readiness(BaseModel):
+    """Whether requests are taken now."""
+
+    status: Literal["ready", "not_ready", "draining"]
+    workers: list[ReadyWorker]

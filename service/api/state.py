@@ -1,0 +1,94 @@
+"""What the routes work with; one object on `app.state`."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from service.engine.engine import Engine
+from service.errors import ErrorCode, InpaintError
+from service.messages import ModelInfo
+from service.metrics import Metrics
+from service.settings import Settings
+
+_T = TypeVar("_T")
+
+
+class Intake:
+    """Bounds the requests whose bodies are held in memory but that are not admitted yet.
+
+    The engine bounds those that it has admitted; without this one, any number
+    of uploads could be read and decoded at once for a single free place.
+
+    Args:
+        max_requests: How many may be between the first check for room and admission.
+        metrics: Where to count refusals.
+    """
+
+    def __init__(self, max_requests: int, metrics: Metrics) -> None:
+        self._max_requests = max_requests
+        self._metrics = metrics
+        self._num_requests = 0
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Take one of the places.
+
+        Raises:
+            InpaintError: `OVERLOADED`, all are taken.
+        """
+        if self._num_requests >= self._max_requests:
+            self._metrics.rejected(ErrorCode.OVERLOADED)
+            raise InpaintError(ErrorCode.OVERLOADED, "Too many requests are being uploaded.", retry_after_seconds=1)
+        self._num_requests += 1
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceState:
+    """The service behind the routes.
+
+    Attributes:
+        settings: The operator's settings.
+        engine: Where requests go.
+        metrics: Where to count.
+        executor: Threads for decoding, fitting and encoding, which would stall the event loop.
+        intake: See there.
+        created: Unix time at which the service started.
+    """
+
+    settings: Settings
+    engine: Engine
+    metrics: Metrics
+    executor: ThreadPoolExecutor
+    intake: Intake
+    created: int
+
+    @property
+    def model(self) -> ModelInfo:
+        """The served model.
+
+        Raises:
+            InpaintError: `NOT_READY`, none has loaded yet.
+        """
+        if self.engine.model is None:
+            raise InpaintError(ErrorCode.NOT_READY, "No worker is ready.", retry_after_seconds=1)
+        return self.engine.model
+
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        """Run `work` in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work)
+
+
+def state_of(request: Request) -> ServiceState:
+    """The service that a request is for."""
+    state = request.app.state.service
+    assert isinstance(state, ServiceState)  # noqa: S101 - for the type checker
+    return state
