@@ -43,7 +43,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # The model.
-    model: str = Field(BUNDLED_MODEL, description="The bundled 'demo', a hub id, or a local folder in diffusers format.")
+    model: str = Field(
+        BUNDLED_MODEL, description="The bundled 'demo', a hub id, or a local folder in diffusers format."
+    )
     revision: OptionalText = Field(None, description="Revision of the hub id.")
     variant: OptionalText = Field(None, description="Weight variant of the checkpoint, e.g. fp16.")
     devices: CommaSeparated = Field(
