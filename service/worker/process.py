@@ -1,5 +1,6 @@
 """A worker process from start to end; the supervisor's child runs this."""
 
+import os
 import time
 from multiprocessing.connection import Connection
 
@@ -21,6 +22,7 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
     """
     started_at = time.monotonic()
     connection.send(Loading("starting torch"))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # Read once, when it is imported.
     # Here, not above: these imports take seconds, which are part of loading.
     from service.worker.checkpoint import load  # noqa: PLC0415
     from service.worker.pipeline import InpaintPipeline  # noqa: PLC0415
