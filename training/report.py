@@ -229,7 +229,7 @@ def measure(model: Path, scenes: int, steps: int, guidance: float, sheet: Path |
         shown, clear = cases[:32], removals[:8]
         hidden = mark(to_bytes(_signed([c.bare for c in shown + clear])), _covers(shown + clear).numpy())
         painted = to_bytes(torch.cat([made[: len(shown)], cleared[: len(clear)]]))
-        write_sheet(sheet, [hidden, painted], [c.prompt for c in shown + clear], columns=8, side=128, colours=200)
+        write_sheet(sheet, [hidden, painted], [c.prompt for c in shown + clear], columns=8, side=112)
     return Figures(
         scenes,
         steps,

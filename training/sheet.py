@@ -23,9 +23,7 @@ def mark(images: np.ndarray, covers: np.ndarray) -> np.ndarray:
     return np.where(covers[:, 0, :, :, None], pale, images)
 
 
-def write_sheet(
-    path: Path, rows: list[np.ndarray], labels: list[str], *, columns: int, side: int = 128, colours: int | None = None
-) -> None:
+def write_sheet(path: Path, rows: list[np.ndarray], labels: list[str], *, columns: int, side: int = 128) -> None:
     """Writes a contact sheet.
 
     Args:
@@ -34,7 +32,6 @@ def write_sheet(
         labels: B captions.
         columns: images side by side.
         side: side of a shown image in pixels.
-        colours: reduce the PNG to so many colours, or None.
     """
     count, stacks = len(labels), len(rows)
     cell = stacks * side + _LABEL_HEIGHT
@@ -49,7 +46,5 @@ def write_sheet(
             if shown.size != (side, side):
                 shown = shown.resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(shown, (x, y + _LABEL_HEIGHT + s * side))
-    if colours is not None:
-        sheet = sheet.quantize(colours)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)

@@ -35,7 +35,7 @@ MODEL = _ROOT / "service" / "worker" / "models" / "demo"
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains the demo model, stage by stage.")
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, of " + ", ".join(STAGES))
-    parser.add_argument("--work", type=Path, default=Path("training/work"), help="folder of checkpoints")
+    parser.add_argument("--work", type=Path, default=Path("build/training"), help="folder of checkpoints")
     parser.add_argument("--out", type=Path, default=None, help="folder of contact sheets (default: as --work)")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the exported model")
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop the denoiser this long after the start")
@@ -48,7 +48,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=Plan.processes)
     parser.add_argument("--device", default="cuda" if torch.cuda.device_count() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the models")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, to see that everything runs; writes to --work alone"
+    )
     parser.add_argument("--compile-ahead", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -137,7 +139,8 @@ def _run_vae(plan: Plan, drawings: _Drawings) -> None:
 def _run_judge(plan: Plan, drawings: _Drawings) -> None:
     if drawings.others is not None:
         drawings.others.wait()
-        stages.stage_judge(plan, drawings.others.arrays, WEIGHTS)
+        path = WEIGHTS if plan.max_steps is None else plan.work / WEIGHTS.name
+        stages.stage_judge(plan, drawings.others.arrays, path)
 
 
 def _run_checker(plan: Plan, drawings: _Drawings) -> None:
@@ -172,7 +175,7 @@ def main() -> None:
         "sheets": lambda: stages.stage_sheets(plan),
         "judge": lambda: _run_judge(plan, drawings),
         "checker": lambda: _run_checker(plan, drawings),
-        "export": lambda: _run_export(plan, args.model),
+        "export": lambda: _run_export(plan, args.work / "model" if args.smoke else args.model),
     }
     for name in STAGES:
         if name in wanted:

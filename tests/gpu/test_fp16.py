@@ -12,7 +12,7 @@ from service.settings import Settings
 from service.worker.checkpoint import BUNDLED_FOLDER, load
 from service.worker.pipeline import InpaintPipeline
 from service.worker.schedulers import scheduler_names
-from tests.model.requests import mixed_requests
+from tests.model.mixed_requests import mixed_requests
 from tests.model.stock import Stock
 from tests.unit.fake_pipeline import DrivenWorker
 

@@ -9,11 +9,11 @@ import torch
 from service.messages import Drain, Failed, Finished, Report, Submit, Ticked
 from service.request import InpaintRequest, InpaintResult
 from service.settings import Settings
-from service.worker.checkpoint import load
+from service.worker.checkpoint import BUNDLED_FOLDER, load
 from service.worker.pipeline import InpaintPipeline
 from service.worker.schedulers import scheduler_names
 from tests.model.checkpoints import NATIVE_SIZE
-from tests.model.requests import mixed_requests
+from tests.model.mixed_requests import mixed_requests
 from tests.model.stock import Stock
 from tests.unit.fake_pipeline import DrivenWorker
 
@@ -72,3 +72,13 @@ def test_mixed_staggered_batch_equals_stock_run_alone(checkpoint: str, request: 
     # The comparison means something: a second seed gives another picture.
     many = next(result.images for result in results.values() if len(result.images) > 1)
     assert np.abs(many[0].astype(int) - many[1].astype(int)).max() > TOLERANCE
+
+
+def test_bundled_model_equals_stock_run_alone() -> None:
+    """The model that ships, too: a mixed batch at its own size, each within 1 of 255 of stock alone."""
+    schedulers = ("dpmpp_2m", "euler_a", "pndm", "ddim", "unipc", "heun")
+    requests = [one for one in mixed_requests(schedulers, 24, 256, seed=2) if one.params.num_images_per_prompt == 1][:8]
+    results, ticks = run_staggered(BUNDLED_FOLDER, requests)
+    assert max(tick.images for tick in ticks) >= 3
+    off = {name: value for name, value in differences(Stock(BUNDLED_FOLDER), requests, results).items() if value > 1}
+    assert not off

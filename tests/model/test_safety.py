@@ -15,7 +15,7 @@ from service.worker.checkpoint import Components, load
 from service.worker.loop import Finish
 from service.worker.pipeline import InpaintPipeline
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
-from tests.model.requests import mixed_requests
+from tests.model.mixed_requests import mixed_requests
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from service.metrics import Metrics
 from service.request import InpaintRequest, InpaintResult
 from service.settings import Settings
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
-from tests.model.requests import mixed_requests
+from tests.model.mixed_requests import mixed_requests
 from tests.model.stock import Stock
 from tests.process.support import num_ready, until
 

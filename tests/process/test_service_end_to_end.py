@@ -22,7 +22,7 @@ from PIL import Image
 
 from service.request import InpaintRequest
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
-from tests.model.requests import mixed_requests
+from tests.model.mixed_requests import mixed_requests
 from tests.model.stock import Stock
 
 ROOT = Path(__file__).parents[2]
