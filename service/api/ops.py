@@ -26,10 +26,12 @@ from service.api.schemas import (
     Readiness,
     ReadyWorker,
     ServedModel,
+    WorkingSize,
 )
 from service.api.state import ServiceState, state_of
 from service.engine.engine import Engine
 from service.errors import ErrorCode, InpaintError
+from service.fitting import buckets
 from service.messages import ModelInfo
 from service.metrics import Metrics
 
@@ -152,6 +154,10 @@ def _served(state: ServiceState, model: ModelInfo) -> ServedModel:
         kind=model.kind,
         description=_DESCRIPTIONS.get(model.kind, "A checkpoint that the operator named."),
         native_size=model.native_size,
+        working_sizes=[
+            WorkingSize(height=size.height, width=size.width)
+            for size in buckets(model.native_size, model.size_multiple)
+        ],
         schedulers=list(model.schedulers),
         default_scheduler=model.default_scheduler,
         default_steps=model.default_steps,

@@ -127,6 +127,13 @@ class ModelWorker(BaseModel):
     step_seconds: dict[int, float] = Field(description="Measured seconds of one step, by UNet rows.")
 
 
+class WorkingSize(BaseModel):
+    """A size that pictures are painted at when a request names none."""
+
+    height: int
+    width: int
+
+
 class ServedModel(BaseModel):
     """The served model: OpenAI's fields, and ours."""
 
@@ -137,6 +144,7 @@ class ServedModel(BaseModel):
     kind: str = Field(description="`demo` for the bundled model, else `checkpoint`.")
     description: str
     native_size: int = Field(description="Side of the square that the model was trained on.")
+    working_sizes: list[WorkingSize]
     schedulers: list[str]
     default_scheduler: str
     default_steps: int

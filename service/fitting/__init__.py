@@ -10,6 +10,7 @@ Three ways to fit, in the order in which they are looked for:
   picture that holds the mask.
 """
 
+from service.fitting.buckets import buckets
 from service.fitting.fit import Fitted, fit
 from service.fitting.paste import black_picture, opaque_where_painted, overlay, paste_back, result_size
 from service.fitting.placement import Box, Placement, Size
@@ -20,6 +21,7 @@ __all__ = [
     "Placement",
     "Size",
     "black_picture",
+    "buckets",
     "fit",
     "opaque_where_painted",
     "overlay",

@@ -32,6 +32,7 @@ def test_models_is_openais_list_with_our_fields(server: LiveServer) -> None:
     assert "demo model" in model["description"]
     assert model["schedulers"] == ["ddim", "euler"]
     assert (model["native_size"], model["default_scheduler"], model["default_steps"]) == (64, "ddim", 4)
+    assert model["working_sizes"][0] == {"height": 64, "width": 64}
     assert model["limits"]["max_side"] == 256
     assert model["limits"]["max_pixels"] == 1_000_000
     (worker,) = model["workers"]
