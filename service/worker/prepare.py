@@ -54,7 +54,7 @@ class Preparer:
         """Slots of each request, one per image.
 
         Args:
-            requests: Requests of one working size.
+            requests: Requests of one batch key; one that asked for a batch of its own comes alone.
 
         Raises:
             InpaintError: A request asks for what the model does not have.
@@ -108,7 +108,9 @@ class Preparer:
         """(1 or 2, T, D) for each request: negative prompt first when guided. clip_skip is for the prompt only."""
         prompts = [(request.params.prompt, request.params.clip_skip) for request in requests]
         negatives = [(request.params.negative_prompt, 0) for request in requests if request.params.is_guided]
-        encoded = self._prompts.encode(prompts + negatives)
+        is_solo = any(request.params.batching == "solo" for request in requests)
+        encode = self._prompts.encode_alone if is_solo else self._prompts.encode
+        encoded = encode(prompts + negatives)
         return [
             torch.stack(
                 [encoded[request.params.negative_prompt, 0], encoded[prompt]]

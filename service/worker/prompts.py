@@ -47,6 +47,13 @@ class PromptEncoder:
             self._cache.popitem(last=False)
         return result
 
+    def encode_alone(self, prompts: Iterable[Prompt]) -> dict[Prompt, torch.Tensor]:
+        """The same, each prompt in a forward pass of its own and nothing remembered.
+
+        Embeddings that were made beside others differ from these in their lowest bits.
+        """
+        return {prompt: self._forward([prompt])[0] for prompt in dict.fromkeys(prompts)}
+
     def _forward(self, prompts: list[Prompt]) -> list[torch.Tensor]:
         inputs = self._tokenizer(
             [text for text, _ in prompts],

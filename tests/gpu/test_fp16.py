@@ -7,14 +7,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 
-from service.messages import Drain, Failed, Finished, Submit, Ticked
 from service.settings import Settings
 from service.worker.checkpoint import BUNDLED_FOLDER, load
 from service.worker.pipeline import InpaintPipeline
 from service.worker.schedulers import scheduler_names
 from tests.model.mixed_requests import mixed_requests
+from tests.model.staggered import run_staggered
 from tests.model.stock import Stock
-from tests.unit.fake_pipeline import DrivenWorker
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,21 +36,9 @@ def test_mixed_batch_is_no_further_from_fp32_stock_than_fp16_stock() -> None:
     """Compiled or not, padded and mixed with others, a request's picture is as good as stock's own in fp16."""
     settings = Settings(devices=("cuda:0",))
     pipeline = InpaintPipeline(load(settings, torch.device("cuda:0")), "flag")
-    worker = DrivenWorker(pipeline, max_images=13)
     requests = mixed_requests(scheduler_names()[::3], 24, 256)
-    pending = [Submit(str(index), request) for index, request in enumerate(requests)]
-    worker.send(pending.pop(0))
-    worker.start()
-    reports = []
-    while pending:
-        reports.append(worker.receive())
-        if isinstance(reports[-1], Ticked | Finished):
-            worker.send(pending.pop(0))
-    worker.send(Drain())
-    reports += worker.reports()
-    assert not [report for report in reports if isinstance(report, Failed)]
-    results = {report.request_id: report.result for report in reports if isinstance(report, Finished)}
-    assert max(report.images for report in reports if isinstance(report, Ticked)) >= 6
+    results, ticks = run_staggered(pipeline, requests, max_images=13)
+    assert max(tick.images for tick in ticks) >= 6
 
     half, full = stock(torch.float16), stock(torch.float32)
     for reference in (half, full):
