@@ -20,6 +20,7 @@ class ErrorCode(StrEnum):
     MALFORMED_MULTIPART = "malformed_multipart"
     BAD_REQUEST = "bad_request"
     UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
     CROSS_ORIGIN = "cross_origin"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
@@ -37,6 +38,8 @@ class ErrorCode(StrEnum):
     MASK_MISMATCH = "mask_mismatch"
     EMPTY_MASK = "empty_mask"
     UNKNOWN_SCHEDULER = "unknown_scheduler"
+    UNKNOWN_LORA = "unknown_lora"
+    INVALID_LORA = "invalid_lora"
     # What the service could not do, now or at all.
     OVERLOADED = "overloaded"
     NOT_READY = "not_ready"

@@ -7,7 +7,7 @@ also after a `Cancel`. Everything else is information.
 from dataclasses import dataclass
 
 from service.errors import ErrorCode
-from service.request import InpaintRequest, InpaintResult
+from service.request import InpaintRequest, InpaintResult, Pixels
 
 # --- API process -> worker ---------------------------------------------------
 
@@ -39,9 +39,40 @@ class Ping:
     number: int
 
 
-Command = Submit | Cancel | Drain | Ping
+@dataclass(frozen=True, slots=True)
+class InspectLora:
+    """Would this file serve as a LoRA of the loaded model? Answered by `LoraInspected` of the same number."""
+
+    number: int
+    path: str
+
+
+Command = Submit | Cancel | Drain | Ping | InspectLora
 
 # --- worker -> API process ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingInfo:
+    """A textual inversion: prompts that hold `token` mean its vectors."""
+
+    token: str
+    num_vectors: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraInfo:
+    """A LoRA as the model takes it.
+
+    Attributes:
+        rank: Largest rank of its matrices.
+        num_unet_layers: Layers of the UNet that it changes.
+        num_text_encoder_layers: Layers of the text encoder that it changes.
+    """
+
+    rank: int
+    num_unet_layers: int
+    num_text_encoder_layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +89,19 @@ class ModelInfo:
         default_scheduler: The checkpoint's own.
         default_steps: Steps when a request names none.
         has_safety_checker: False only where the operator allowed it.
+        latent_channels: Channels of the VAE's latents.
+        latent_multiple: Pixels to a latent's side.
+        embeds_width: Width of the text encoder, D of `prompt_embeds`.
+        max_tokens: Tokens of a prompt, start and end included; what is longer is cut off.
+        max_clip_skip: Layers that the text encoder can leave out.
+        prediction_type: What the UNet predicts: "epsilon", "v_prediction" or "sample".
+        embeds_guidance: Whether the UNet takes the guidance scale as an input, as LCM-distilled ones do.
+        num_train_timesteps: Timesteps lie below this.
+        timesteps_schedulers: Schedulers that take a list of timesteps.
+        sigmas_schedulers: Schedulers that take a list of sigmas.
+        embeddings: Textual inversions that prompts can name.
+        vae: The autoencoder's class.
+        attention_backend: What computes attention.
     """
 
     id: str
@@ -69,6 +113,19 @@ class ModelInfo:
     default_scheduler: str
     default_steps: int
     has_safety_checker: bool
+    latent_channels: int = 4
+    latent_multiple: int = 8
+    embeds_width: int = 768
+    max_tokens: int = 77
+    max_clip_skip: int = 12
+    prediction_type: str = "epsilon"
+    embeds_guidance: bool = False
+    num_train_timesteps: int = 1000
+    timesteps_schedulers: tuple[str, ...] = ()
+    sigmas_schedulers: tuple[str, ...] = ()
+    embeddings: tuple[EmbeddingInfo, ...] = ()
+    vae: str = "AutoencoderKL"
+    attention_backend: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +189,30 @@ class Ticked:
 
 
 @dataclass(frozen=True, slots=True)
+class Previewed:
+    """What a request would look like if it ended after `step`; only pictures that the safety checker passes.
+
+    Attributes:
+        request_id: The request.
+        step: Model calls done.
+        image: (height, width, 3) uint8 RGB, its first image at working size.
+    """
+
+    request_id: str
+    step: int
+    image: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class LoraInspected:
+    """The answer to `InspectLora`: either what it is, or one sentence on why it is refused."""
+
+    number: int
+    info: LoraInfo | None
+    refusal: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """A request is done."""
 
@@ -163,4 +244,4 @@ class CannotStart:
     message: str
 
 
-Report = Loading | Ready | Ticked | Finished | Failed | Pong | CannotStart
+Report = Loading | Ready | Ticked | Previewed | Finished | Failed | Pong | LoraInspected | CannotStart

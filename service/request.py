@@ -11,12 +11,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 
 Batching = Literal["shared", "solo"]
+PromptSyntax = Literal["plain", "a1111"]
+Output = Literal["pixels", "floats", "latents"]
 NsfwPolicy = Literal["black", "blur", "flag"]
 
 REPAINT_FROM = 128
 """Mask values from here on are repainted: the stock pipeline's threshold of one half, in uint8."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraUse:
+    """One LoRA as a request uses it.
+
+    Attributes:
+        name: Its registered name.
+        path: Its file; never shown to clients.
+        version: Of the file when the request was admitted; another version is another LoRA.
+        unet_scale: Weight in the UNet, as in stock's `set_adapters`; 0 and negative ones too.
+        text_encoder_scale: Weight in the text encoder.
+        block_scales: Weights by UNet block, the nested mapping of `set_adapters` as JSON; "" where there is but one.
+    """
+
+    name: str
+    path: str
+    version: str
+    unet_scale: float
+    text_encoder_scale: float
+    block_scales: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeU:
+    """The factors of stock's `enable_freeu`: s for skip connections, b for backbone features."""
+
+    s1: float
+    s2: float
+    b1: float
+    b2: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +71,14 @@ class InpaintParams:
         height: Working height in pixels, a multiple of 8.
         width: Working width in pixels, a multiple of 8.
         batching: "solo" asks for a batch of its own.
+        prompt_syntax: "a1111" reads weights such as `(red:1.3)` and `BREAK` in both prompts.
+        timesteps: Timesteps that replace the scheduler's own; `num_inference_steps` is then their number.
+        sigmas: Noise levels that replace the scheduler's own, likewise.
+        loras: LoRAs to apply, in the order asked for.
+        freeu: FreeU's factors, None for none.
+        embeds_guidance: Whether the UNet takes the guidance scale as an input, as LCM-distilled ones do.
+        output: What the result's images are: pixels, floats from 0 to 1, or latents.
+        previews: Whether to show pictures of the unfinished steps.
     """
 
     prompt: str
@@ -52,16 +94,49 @@ class InpaintParams:
     height: int
     width: int
     batching: Batching = "shared"
+    prompt_syntax: PromptSyntax = "plain"
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    loras: tuple[LoraUse, ...] = ()
+    freeu: FreeU | None = None
+    embeds_guidance: bool = False
+    output: Output = "pixels"
+    previews: bool = False
 
     @property
     def is_guided(self) -> bool:
         """Whether two UNet rows are spent on each image, as stock's `do_classifier_free_guidance`."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and not self.embeds_guidance
 
     @property
     def num_rows(self) -> int:
         """UNet rows that the request occupies in a batch."""
         return self.num_images_per_prompt * (2 if self.is_guided else 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InpaintTensors:
+    """What the client has computed itself, under the stock pipeline's names; None where the service does it.
+
+    n is `num_images_per_prompt`, C the latent channels, h x w the working size in latents,
+    T tokens and D the width of the text encoder.
+
+    Attributes:
+        prompt_embeds: (T, D).
+        negative_prompt_embeds: (T, D), of the same T.
+        latents: (n, C, h, w) initial noise.
+        masked_image_latents: (1 or n, C, h, w), scaled.
+        image_latents: (1 or n, C, h, w), scaled: what stock takes in the place of `image`.
+    """
+
+    prompt_embeds: Floats | None = None
+    negative_prompt_embeds: Floats | None = None
+    latents: Floats | None = None
+    masked_image_latents: Floats | None = None
+    image_latents: Floats | None = None
+
+
+NO_TENSORS = InpaintTensors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +149,7 @@ class InpaintRequest:
         mask: What to repaint, (height, width) uint8; ≥ 128 repaints.
         admitted_at: `time.monotonic()` of admission, comparable across processes of one machine.
         deadline: `time.monotonic()` after which nobody waits for the answer.
+        tensors: What the client has computed itself.
     """
 
     params: InpaintParams
@@ -81,6 +157,7 @@ class InpaintRequest:
     mask: Pixels
     admitted_at: float
     deadline: float
+    tensors: InpaintTensors = NO_TENSORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +186,15 @@ class InpaintResult:
     """What a worker painted.
 
     Attributes:
-        images: (n, height, width, 3) uint8 RGB at working size; flagged images are
-            already black unless the operator chose another policy.
+        images: (n, height, width, 3) uint8 RGB at working size, the same as float32 from 0 to 1, or
+            (n, C, h, w) float32 latents, as `output` asked; flagged images are already black (all zeros)
+            unless the operator chose another policy.
         nsfw: One flag per image.
         timings: Seconds by stage.
         mean_images: Mean number of images that shared this request's steps, itself included.
     """
 
-    images: Pixels
+    images: Pixels | Floats
     nsfw: tuple[bool, ...]
     timings: Timings
     mean_images: float = field(default=1.0)

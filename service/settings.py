@@ -34,6 +34,8 @@ def _blank_is_none(value: object) -> object:
 CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 BlankIsNone = BeforeValidator(_blank_is_none)
 OptionalText = Annotated[str | None, BlankIsNone]
+OptionalFolder = Annotated[Path | None, BlankIsNone]
+AttentionBackend = Literal["auto", "math", "flash", "efficient", "cudnn", "xformers"]
 OptionalPort = Annotated[Annotated[int, Field(ge=0, le=65535)] | None, BlankIsNone]
 
 
@@ -64,6 +66,21 @@ class Settings(BaseModel):
     )
     nsfw_policy: NsfwPolicy = Field("black", description="What a flagged image comes back as: black, blur or flag.")
 
+    # What the model's parts cost.
+    vae_slicing: bool = Field(False, description="Decode and encode pictures one by one: less memory.")
+    vae_tiling: bool = Field(False, description="Decode and encode large pictures in tiles: less memory, other pixels.")
+    attention_slicing: Annotated[Literal["auto", "max"] | Annotated[int, Field(ge=1)] | None, BlankIsNone] = Field(
+        None, description="Compute attention in slices: auto, max or a slice's size; less memory, slower."
+    )
+    attention_backend: AttentionBackend = Field("auto", description="What computes attention.")
+
+    # Adapters.
+    lora_dir: OptionalFolder = Field(None, description="Folder of LoRAs, <name>.safetensors each.")
+    embeddings_dir: OptionalFolder = Field(
+        None, description="Folder of textual inversions, .safetensors each, loaded at start."
+    )
+    max_adapter_mib: float = Field(512.0, gt=0, description="Largest LoRA in MiB that can be uploaded.")
+
     # Batching, queue and time.
     max_images: Annotated[Annotated[int, Field(ge=1, le=64)] | None, BlankIsNone] = Field(
         None, description="Images in the running batch; by default where throughput stops growing."
@@ -83,6 +100,9 @@ class Settings(BaseModel):
     metrics_port: OptionalPort = Field(None, description="Serve /metrics on this port instead.")
     api_keys: CommaSeparated = Field(
         (), repr=False, description="Keys that clients must send as 'Authorization: Bearer …'."
+    )
+    admin_keys: CommaSeparated = Field(
+        (), repr=False, description="Keys that may also change adapters; without any, nobody may."
     )
     cors_origins: CommaSeparated = Field((), description="Web origins that may call the service.")
     max_body_mib: float = Field(25.0, gt=0, description="Largest request body in MiB.")
