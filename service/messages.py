@@ -158,11 +158,20 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class StepProgress:
-    """One request after a step: `step` of `steps` model calls done."""
+    """One request after a step.
+
+    Attributes:
+        request_id: The request.
+        step: Model calls done.
+        steps: Model calls in all.
+        preview: (height, width, 3) uint8 RGB, its first image as it may become, at working size. Only of
+            requests that ask for previews, not after every step, and only what the safety checker passes.
+    """
 
     request_id: str
     step: int
     steps: int
+    preview: Pixels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,21 +195,6 @@ class Ticked:
     busy_ratio: float
     memory_bytes: dict[str, int]
     progress: tuple[StepProgress, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Previewed:
-    """What a request would look like if it ended after `step`; only pictures that the safety checker passes.
-
-    Attributes:
-        request_id: The request.
-        step: Model calls done.
-        image: (height, width, 3) uint8 RGB, its first image at working size.
-    """
-
-    request_id: str
-    step: int
-    image: Pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,4 +238,4 @@ class CannotStart:
     message: str
 
 
-Report = Loading | Ready | Ticked | Previewed | Finished | Failed | Pong | LoraInspected | CannotStart
+Report = Loading | Ready | Ticked | Finished | Failed | Pong | LoraInspected | CannotStart

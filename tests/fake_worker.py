@@ -24,6 +24,7 @@ knows what the right answer is. A word in the prompt makes a request misbehave:
     startup_gate=PATH    it becomes ready when the file exists
 """
 
+import dataclasses
 import hashlib
 import os
 import signal
@@ -41,6 +42,7 @@ from service.messages import (
     Cancel,
     CannotStart,
     Drain,
+    EmbeddingInfo,
     Failed,
     Finished,
     Loading,
@@ -65,6 +67,11 @@ MODEL = ModelInfo(
     default_scheduler="ddim",
     default_steps=4,
     has_safety_checker=True,
+    embeds_width=32,
+    max_tokens=77,
+    timesteps_schedulers=("euler",),
+    sigmas_schedulers=("euler",),
+    embeddings=(EmbeddingInfo("<pirate>", 2),),
 )
 
 
@@ -78,6 +85,20 @@ def paint(params: InpaintParams, image: NDArray[np.uint8], mask: NDArray[np.uint
     if "nsfw" in params.prompt:
         return np.zeros_like(np.stack(images))
     return np.stack(images)
+
+
+def paint_output(request: InpaintRequest) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """The right answer in the form that is asked for; latents are a function of the seed and of what was sent."""
+    params, painted = request.params, paint(request.params, request.image, request.mask)
+    if params.output == "floats":
+        return (painted / 255).astype(np.float32)
+    if params.output == "latents":
+        sides = (MODEL.latent_channels, params.height // 8, params.width // 8)
+        sums = sum(float(tensor.sum()) for tensor in dataclasses.astuple(request.tensors) if tensor is not None)
+        return np.stack(
+            [np.full(sides, params.seed + index + sums, np.float32) for index in range(params.num_images_per_prompt)]
+        )
+    return painted
 
 
 def run(connection: Connection, settings: Settings, device: str, cpu_threads: int) -> None:
@@ -247,7 +268,7 @@ class FakeWorker:
                 max_images=self.max_images,
                 busy_ratio=1.0,
                 memory_bytes={},
-                progress=tuple(StepProgress(g.request_id, g.steps_done, g.steps) for g in self.running),
+                progress=tuple(StepProgress(g.request_id, g.steps_done, g.steps, _preview(g)) for g in self.running),
             )
         )
 
@@ -265,6 +286,11 @@ class FakeWorker:
                 self.connection.send(Finished(generation.request_id, _result(generation)))
 
 
+def _preview(generation: Generation) -> NDArray[np.uint8] | None:
+    request = generation.request
+    return paint(request.params, request.image, request.mask)[0] if request.params.previews else None
+
+
 def _steps(params: InpaintParams) -> int:
     steps = max(1, int(params.num_inference_steps * params.strength))
     return 10 * steps if "slow" in params.prompt.split() else steps
@@ -274,7 +300,7 @@ def _result(generation: Generation) -> InpaintResult:
     request, now = generation.request, time.monotonic()
     is_flagged = "nsfw" in request.params.prompt
     return InpaintResult(
-        images=paint(request.params, request.image, request.mask),
+        images=paint_output(request),
         nsfw=(is_flagged,) * generation.num_images,
         timings=Timings(
             queue=generation.started_at - request.admitted_at,

@@ -31,6 +31,7 @@ class Painted:
         model_id: The model that painted.
         fields: What was asked for, with the format that is answered.
         params: What it was painted with.
+        tensors: Names of the tensors that were sent.
         result: What the worker says.
         files: The images.
         timings: Seconds by stage.
@@ -40,6 +41,7 @@ class Painted:
     model_id: str
     fields: InpaintFields
     params: InpaintParams
+    tensors: Sequence[str]
     result: InpaintResult
     files: Sequence[ImageFile]
     timings: StageTimings
@@ -76,7 +78,7 @@ def json_text(painted: Painted) -> str:
         id=painted.request_id,
         created=int(time.time()),
         model=painted.model_id,
-        parameters=EffectiveParameters.of(painted.fields, painted.params),
+        parameters=EffectiveParameters.of(painted.fields, painted.params, painted.tensors),
         images=[
             InpaintedImage(
                 b64_json=base64.b64encode(file.data).decode("ascii"),

@@ -1,37 +1,60 @@
 """An inpainting request's progress as server-sent events: queued, progress …, then completed or failed."""
 
+import asyncio
+import base64
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 
+from service.api.pictures import PREVIEW_FORMAT
 from service.api.problems import internal_error, problem_body
 from service.engine.engine import Handle
 from service.errors import InpaintError
+from service.imaging import MEDIA_TYPES
 from service.messages import StepProgress
-from service.request import InpaintResult
+from service.request import InpaintResult, Pixels
 
 logger = logging.getLogger(__name__)
 
 _Finish = Callable[[InpaintResult], Awaitable[str]]
+_Preview = Callable[[Pixels], Awaitable[bytes]]
+
+KEEP_ALIVE_SECONDS = 15.0
+"""After so long without an event a comment is sent, lest a proxy takes the connection for dead."""
+
+_KEEP_ALIVE = ": waiting\n\n"
 
 
 async def inpaint_events(
-    handle: Handle, finish: _Finish, on_failed: Callable[[InpaintError], None]
+    handle: Handle, finish: _Finish, preview: _Preview, on_failed: Callable[[InpaintError], None]
 ) -> AsyncIterator[str]:
     """The events of one admitted request. When the reader goes away, the request is cancelled.
 
     Args:
         handle: The request.
         finish: Makes the JSON of the answer from the result.
+        preview: Encodes an unfinished picture.
         on_failed: Told of an error before its event is sent.
     """
     try:
         yield _event("queued", json.dumps({"position": handle.position or 0}))
-        pace = _Pace()
-        async for progress in handle.progress():
-            eta = pace.eta_seconds(progress)
-            yield _event("progress", json.dumps({"step": progress.step, "steps": progress.steps, "eta": eta}))
+        pace, shown = _Pace(), None
+        async with aclosing(_with_keep_alive(handle.progress())) as steps:
+            async for progress in steps:
+                if progress is None:
+                    yield _KEEP_ALIVE
+                    continue
+                data: dict[str, object] = {
+                    "step": progress.step,
+                    "steps": progress.steps,
+                    "eta": pace.eta_seconds(progress),
+                }
+                if progress.preview is not None and progress.preview is not shown:
+                    shown = progress.preview
+                    data["preview"] = _preview_json(await preview(shown))
+                yield _event("progress", json.dumps(data))
         yield _event("completed", await finish(await handle.result()))
     except InpaintError as error:
         on_failed(error)
@@ -43,6 +66,35 @@ async def inpaint_events(
         yield _failed(unexpected, handle)
     finally:
         handle.cancel("disconnect")  # Of no effect once there is an outcome.
+
+
+async def _with_keep_alive(progress: AsyncIterator[StepProgress]) -> AsyncGenerator[StepProgress | None]:
+    """The same, and None whenever there has been nothing for a while."""
+    upcoming = asyncio.ensure_future(anext(progress, _END))
+    try:
+        while True:
+            done, _ = await asyncio.wait({upcoming}, timeout=KEEP_ALIVE_SECONDS)
+            if not done:
+                yield None
+                continue
+            step = upcoming.result()
+            if isinstance(step, _End):
+                return
+            yield step
+            upcoming = asyncio.ensure_future(anext(progress, _END))
+    finally:
+        upcoming.cancel()
+
+
+class _End:
+    """There is no more progress."""
+
+
+_END = _End()
+
+
+def _preview_json(data: bytes) -> dict[str, str]:
+    return {"b64_json": base64.b64encode(data).decode("ascii"), "media_type": MEDIA_TYPES[PREVIEW_FORMAT]}
 
 
 class _Pace:

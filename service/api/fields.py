@@ -1,23 +1,30 @@
 """The scalar fields of an inpainting request: their spelling, bounds and defaults."""
 
 import re
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from service.api.json_text import read_json
 from service.errors import ErrorCode
 from service.fitting import Size
-from service.imaging import ImageFormat
+from service.imaging import OutputFormat
 from service.messages import ModelInfo
-from service.request import Batching, InpaintParams
+from service.request import Batching, FreeU, InpaintParams, Output, PromptSyntax
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_STEPS = 150
 MAX_IMAGES_PER_PROMPT = 8
+MAX_CLIP_SKIP = 10
 MAX_SEED = 2**32 - 1
 MAX_MARGIN = 65_535
+MAX_SIGMA = 1000
 SIDE_MULTIPLE = 8
+
+_OUTPUTS: Mapping[str, Output] = {"npy": "floats", "latent": "latents"}
 
 # Height and width lie between these, in sides of the square that the model was trained on.
 _MIN_NATIVE_SIZES = 1 / 8
@@ -79,15 +86,35 @@ def _require_words(value: str) -> str:
     return value
 
 
-def _refuse_arrays(value: object) -> object:
-    if value in ("npy", "latent"):
-        raise fault(ErrorCode.INVALID_FIELD, "This output format is not supported by this version")
+def _json(value: object) -> object:
+    return read_json(value) if isinstance(value, str) else value
+
+
+def _whole_number(value: object) -> object:
+    """In JSON, 3 but neither 3.0, "3" nor true."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise fault(ErrorCode.INVALID_FIELD, "Input should be a list of whole numbers")
     return value
+
+
+def _real_number(value: object) -> object:
+    """In JSON, 3 or 3.5 but neither "3" nor true."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise fault(ErrorCode.INVALID_FIELD, "Input should be made of numbers")
+    return value
+
+
+def _require_descending(values: tuple[float, ...]) -> tuple[float, ...]:
+    if any(later >= earlier for earlier, later in pairwise(values)):
+        raise fault(ErrorCode.OUT_OF_RANGE, "Input should be in descending order")
+    return values
 
 
 Integer = Annotated[int, Field(strict=True), BeforeValidator(_integer)]
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 Boolean = Annotated[bool, Field(strict=True), BeforeValidator(_boolean)]
+JsonInteger = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
+JsonNumber = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_real_number)]
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_require_text)]
 
 # Optional fields: with the bounds inside the union, where the schema shows them as such.
@@ -96,6 +123,39 @@ Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), BeforeValidator(_in
 Side = Annotated[int, Field(strict=True, ge=SIDE_MULTIPLE, multiple_of=SIDE_MULTIPLE), BeforeValidator(_integer)]
 Margin = Annotated[int, Field(strict=True, ge=0, le=MAX_MARGIN), BeforeValidator(_integer)]
 Timeout = Annotated[float, Field(allow_inf_nan=False, gt=0), BeforeValidator(_number)]
+Prompt = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS),
+    AfterValidator(_require_text),
+    AfterValidator(_require_words),
+]
+Timesteps = Annotated[
+    tuple[JsonInteger, ...],
+    Field(min_length=1, max_length=MAX_STEPS),
+    BeforeValidator(_json),
+    AfterValidator(_require_descending),
+]
+Sigmas = Annotated[
+    tuple[Annotated[JsonNumber, Field(gt=0, le=MAX_SIGMA)], ...],
+    Field(min_length=2, max_length=MAX_STEPS),
+    BeforeValidator(_json),
+    AfterValidator(_require_descending),
+]
+FreeUFactor = Annotated[JsonNumber, Field(ge=0, le=10)]
+
+
+class FreeUFactors(BaseModel):
+    """FreeU's factors: s for skip connections, b for backbone features."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    s1: FreeUFactor
+    s2: FreeUFactor
+    b1: FreeUFactor
+    b2: FreeUFactor
+
+
+FreeUField = Annotated[FreeUFactors, BeforeValidator(_json)]
 
 
 class InpaintFields(BaseModel):
@@ -107,10 +167,25 @@ class InpaintFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: Annotated[Text, AfterValidator(_require_words)] = Field(min_length=1, description="What to paint.")
+    prompt: Prompt | None = Field(None, description="What to paint; required unless `prompt_embeds` is sent.")
     negative_prompt: Text = Field("", description="What to steer away from; unused when guidance is off.")
     num_inference_steps: Steps | None = Field(
         None, description="Denoising steps; by default what the server is set to, see `/v1/models`."
+    )
+    prompt_syntax: PromptSyntax = Field(
+        "plain",
+        description="`a1111` reads both prompts as AUTOMATIC1111's web UI does: `(red:1.3)`, `[grey]`, `BREAK`, and "
+        "more tokens than the text encoder takes at once.",
+    )
+    timesteps: Timesteps | None = Field(
+        None,
+        description="JSON list of timesteps in the place of the scheduler's own, in descending order; see "
+        "`timesteps_schedulers` in `/v1/models`.",
+    )
+    sigmas: Sigmas | None = Field(
+        None,
+        description="JSON list of noise levels in the place of the scheduler's own, in descending order; see "
+        "`sigmas_schedulers` in `/v1/models`.",
     )
     guidance_scale: Number = Field(7.5, ge=0, le=30, description="Weight of the prompt; ≤ 1 turns guidance off.")
     strength: Number = Field(
@@ -124,7 +199,9 @@ class InpaintFields(BaseModel):
     )
     seed: Seed | None = Field(None, description="Random by default, and always reported back.")
     scheduler: str | None = Field(
-        None, description="Noise scheduler, one of those in `/v1/models`; by default the checkpoint's own."
+        None,
+        validate_default=True,
+        description="Noise scheduler, one of those in `/v1/models`; by default the checkpoint's own.",
     )
     eta: Number = Field(0.0, ge=0, le=1, description="η of DDIM; other schedulers ignore it.")
     height: Side | None = Field(
@@ -140,7 +217,12 @@ class InpaintFields(BaseModel):
     padding_mask_crop: Margin | None = Field(
         None, description="Paint a crop around the mask with a margin of so many pixels."
     )
-    clip_skip: Integer = Field(0, ge=0, le=10, description="Text-encoder layers to skip; positive prompt only.")
+    clip_skip: Integer = Field(
+        0, ge=0, le=MAX_CLIP_SKIP, description="Text-encoder layers to skip; positive prompt only."
+    )
+    freeu: FreeUField | None = Field(
+        None, description='FreeU, as JSON: `{"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}` for Stable Diffusion 1.x.'
+    )
     mask_blur: Integer = Field(0, ge=0, le=64, description="Blur the mask by so many pixels; feathers the paste.")
     mask_grow: Integer = Field(0, ge=0, le=64, description="Widen the mask by so many pixels.")
     mask_invert: Boolean = Field(False, description="Repaint what is black and keep what is white.")
@@ -148,8 +230,13 @@ class InpaintFields(BaseModel):
         True,
         description="Paste back, so that pixels outside the mask are the upload's own; false: all that was painted.",
     )
-    output_format: Annotated[ImageFormat, BeforeValidator(_refuse_arrays)] = Field(
-        "png", description="Encoding of the images."
+    output_format: OutputFormat = Field(
+        "png",
+        description="Encoding of the images; `npy` is a float32 array from 0 to 1, (height, width, 3), and `latent` "
+        "the scaled latents as such an array, (channels, height / 8, width / 8).",
+    )
+    previews: Boolean = Field(
+        False, description="Show pictures of unfinished steps in `text/event-stream` answers, at most ten."
     )
     batching: Batching = Field("shared", description="`solo` asks for a batch of its own: bitwise repeatable.")
     timeout: Timeout | None = Field(
@@ -160,8 +247,9 @@ class InpaintFields(BaseModel):
     @classmethod
     def _run_a_step(cls, strength: float, info: ValidationInfo) -> float:
         """Stock raises when `strength` leaves no step to run."""
-        if "num_inference_steps" not in info.data:
-            return strength  # That field has a fault of its own.
+        given = [info.data.get(name, ()) for name in ("timesteps", "sigmas")]
+        if "num_inference_steps" not in info.data or () in given or any(given):
+            return strength  # A field with a fault of its own, or a list that the scheduler will count.
         steps = info.data["num_inference_steps"] or _model(info).default_steps
         if int(steps * strength) < 1:
             raise fault(ErrorCode.OUT_OF_RANGE, f"Input should leave at least one of {steps} steps to run")
@@ -173,6 +261,32 @@ class InpaintFields(BaseModel):
         names = _model(info).schedulers
         if scheduler is not None and scheduler not in names:
             raise fault(ErrorCode.UNKNOWN_SCHEDULER, f"Input should be one of: {', '.join(names)}")
+        return scheduler
+
+    @field_validator("timesteps")
+    @classmethod
+    def _bound_timesteps(cls, timesteps: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        limit = _model(info).num_train_timesteps
+        if timesteps is not None and timesteps[0] >= limit:
+            raise fault(ErrorCode.OUT_OF_RANGE, f"Input should be less than {limit}")
+        return timesteps
+
+    @field_validator("sigmas")
+    @classmethod
+    def _choose_a_list(cls, sigmas: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+        if sigmas is not None and info.data.get("timesteps") is not None:
+            raise fault(ErrorCode.INVALID_FIELD, "Input should not be sent beside timesteps")
+        return sigmas
+
+    @field_validator("scheduler")
+    @classmethod
+    def _take_lists(cls, scheduler: str | None, info: ValidationInfo) -> str | None:
+        """Refuse a scheduler for the lists that came with it; see `service.worker.schedulers.names_taking`."""
+        model = _model(info)
+        name = scheduler or model.default_scheduler
+        for argument, names in (("timesteps", model.timesteps_schedulers), ("sigmas", model.sigmas_schedulers)):
+            if info.data.get(argument) and name not in names:
+                raise fault(ErrorCode.INVALID_FIELD, f"Input should take {argument}: {', '.join(names) or 'none does'}")
         return scheduler
 
     @field_validator("height", "width")
@@ -192,9 +306,9 @@ class InpaintFields(BaseModel):
             seed: Used when the client named none.
         """
         return InpaintParams(
-            prompt=self.prompt,
+            prompt=self.prompt or "",
             negative_prompt=self.negative_prompt,
-            num_inference_steps=self.num_inference_steps or model.default_steps,
+            num_inference_steps=self._num_steps(model),
             guidance_scale=self.guidance_scale,
             strength=self.strength,
             num_images_per_prompt=self.num_images_per_prompt,
@@ -205,7 +319,25 @@ class InpaintFields(BaseModel):
             height=working.height,
             width=working.width,
             batching=self.batching,
+            prompt_syntax=self.prompt_syntax,
+            timesteps=self.timesteps,
+            sigmas=self.sigmas,
+            freeu=None if self.freeu is None else FreeU(**self.freeu.model_dump()),
+            embeds_guidance=model.embeds_guidance,
+            output=_OUTPUTS.get(self.output_format, "pixels"),
+            previews=self.previews,
         )
+
+    def is_guided(self, model: ModelInfo) -> bool:
+        """Whether a negative prompt is needed, as `InpaintParams.is_guided`."""
+        return self.guidance_scale > 1 and not model.embeds_guidance
+
+    def _num_steps(self, model: ModelInfo) -> int:
+        if self.timesteps is not None:
+            return len(self.timesteps)
+        if self.sigmas is not None:
+            return len(self.sigmas)
+        return self.num_inference_steps or model.default_steps
 
 
 def side_bounds(model: ModelInfo) -> tuple[int, int]:

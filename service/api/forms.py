@@ -2,34 +2,38 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from service.api.fields import InpaintFields
+from service.api.fields import InpaintFields, side_bounds
 from service.api.multipart import Part
 from service.api.problems import Fault, InvalidRequest
+from service.api.tensors import LATENTS, TENSORS, TensorChecks, TensorFault, read_tensor
 from service.errors import ErrorCode
+from service.fitting import Size
+from service.imaging import ArrayFormat
 from service.messages import ModelInfo
+from service.request import Floats
 
-FILES = ("image", "mask")
-
-NOT_YET_SUPPORTED = (
-    "loras",
-    "freeu",
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "latents",
-    "masked_image_latents",
-    "image_latents",
-)
+FILES = ("image", "mask", *TENSORS)
 
 _PROMPTS = ("prompt", "negative_prompt")
 _SANE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _OUT_OF_RANGE = frozenset(
-    {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "multiple_of", "finite_number"}
+    {
+        "too_short",
+        "too_long",
+        "greater_than",
+        "greater_than_equal",
+        "less_than",
+        "less_than_equal",
+        "multiple_of",
+        "finite_number",
+    }
 )
 _BAD_LENGTH = frozenset({"string_too_short", "string_too_long"})
 
@@ -39,15 +43,19 @@ class InpaintForm:
     """What a client sent.
 
     Attributes:
-        image: The picture's file.
+        image: The picture's file; None when its latents were sent in its place.
         mask: The mask's file; None when the picture's alpha is the mask.
         fields: The scalar fields.
+        embeds: Embeddings of prompts by field, (T, D) each.
+        latents: Latents by field, of any shape so far: see `TensorChecks.latents`.
         is_format_named: Whether `output_format` was sent, and is not merely the default.
     """
 
-    image: bytes
+    image: bytes | None
     mask: bytes | None
     fields: InpaintFields
+    embeds: Mapping[str, Floats]
+    latents: Mapping[str, Floats]
     is_format_named: bool
 
 
@@ -73,30 +81,69 @@ def read_form(parts: Sequence[Part], model: ModelInfo) -> InpaintForm:
                 faults.append(Fault(part.name, code, "The text is not valid UTF-8."))
                 faulty.add(part.name)
 
+    tensors: dict[str, Floats] = {}
+    for part in parts:
+        if part.name in TENSORS and part.name not in faulty:
+            try:
+                tensors[part.name] = read_tensor(part.data, part.name)
+            except TensorFault as error:
+                faults.append(Fault(part.name, ErrorCode.INVALID_FIELD, f"{part.name}: {error}"))
+
     fields = None
     try:
         fields = InpaintFields.model_validate(texts, context=model)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
         faults += [_value_fault(detail) for detail in details if detail["loc"][0] not in faulty]
+    embeds: Mapping[str, Floats] = {}
+    if fields is not None:
+        checks = TensorChecks(model, fields.num_images_per_prompt, is_guided=fields.is_guided(model))
+        embeds, shape_faults = checks.embeds(tensors)
+        faults += [*shape_faults, *_array_faults(fields)]
     if faults or fields is None:
         raise InvalidRequest(tuple(sorted(faults, key=lambda fault: _place(fault.field))))
 
+    latents = {name: array for name, array in tensors.items() if name in LATENTS}
     files = {part.name: part.data for part in parts if part.name in FILES}
-    return InpaintForm(files["image"], files.get("mask"), fields, is_format_named="output_format" in texts)
+    return InpaintForm(
+        image=files.get("image"),
+        mask=files.get("mask"),
+        fields=_sized(fields, checks.working_size(latents), model),
+        embeds=embeds,
+        latents=latents,
+        is_format_named="output_format" in texts,
+    )
+
+
+def _array_faults(fields: InpaintFields) -> Iterable[Fault]:
+    """A crop is laid over a picture, and there is none: stock refuses it, too."""
+    if fields.output_format in get_args(ArrayFormat) and fields.padding_mask_crop is not None:
+        message = f"The output format {fields.output_format} does not go with padding_mask_crop."
+        yield Fault("output_format", ErrorCode.INVALID_FIELD, message)
+
+
+def _sized(fields: InpaintFields, latents: Size | None, model: ModelInfo) -> InpaintFields:
+    """Where the client named no working size but sent latents, theirs is meant."""
+    if latents is None or fields.height is not None or fields.width is not None:
+        return fields
+    min_side, max_side = side_bounds(model)
+    if not all(min_side <= side <= max_side for side in (latents.height, latents.width)):
+        return fields  # Their shape is refused later, against a size that there is.
+    return fields.model_copy(update={"height": latents.height, "width": latents.width})
 
 
 def _structural_faults(parts: Sequence[Part]) -> Iterable[Fault]:
     """What is wrong before any value is looked at; at most one fault a field."""
     counts = Counter(part.name for part in parts)
-    if not counts["image"]:
-        yield Fault("image", ErrorCode.INVALID_FIELD, "The image is missing.")
+    yield from _missing_parts(counts)
+    for prompt in _PROMPTS:
+        if counts[prompt] and counts[f"{prompt}_embeds"]:
+            both = f"Send {prompt} or {prompt}_embeds, not both."
+            yield Fault(f"{prompt}_embeds", ErrorCode.INVALID_FIELD, both)
     is_file = {part.name: part.is_file for part in parts}
     for name, count in counts.items():
         message = None
-        if name in NOT_YET_SUPPORTED:
-            message = f"The field {name} is not supported by this version."
-        elif name not in FILES and name not in InpaintFields.model_fields:
+        if name not in FILES and name not in InpaintFields.model_fields:
             message = "There is no such field."
         elif count > 1:
             message = f"The field {name} is sent {count} times."
@@ -108,11 +155,24 @@ def _structural_faults(parts: Sequence[Part]) -> Iterable[Fault]:
             yield Fault(_shown(name), ErrorCode.INVALID_FIELD, message)
 
 
+def _missing_parts(counts: Mapping[str, int]) -> Iterable[Fault]:
+    """What has to be there. In the place of a picture its latents do, as in stock: with those of the masked one."""
+    if not counts.get("prompt") and not counts.get("prompt_embeds"):
+        yield Fault("prompt", ErrorCode.INVALID_FIELD, "The field prompt is missing.")
+    if counts.get("image"):
+        return
+    if not counts.get("image_latents"):
+        yield Fault("image", ErrorCode.INVALID_FIELD, "The image is missing.")
+        return
+    for name in ("mask", "masked_image_latents"):
+        if not counts.get(name):
+            message = f"Without an image, {name} is needed beside image_latents."
+            yield Fault(name, ErrorCode.INVALID_FIELD, message)
+
+
 def _value_fault(detail: ErrorDetails) -> Fault:
     """A fault that validation found; a validator's own error type is the code."""
     field, kind = str(detail["loc"][0]), detail["type"]
-    if kind == "missing":
-        return Fault(field, ErrorCode.INVALID_FIELD, f"The field {field} is missing.")
     if kind in _OUT_OF_RANGE:
         code = ErrorCode.OUT_OF_RANGE
     elif kind in _BAD_LENGTH:
@@ -131,7 +191,5 @@ def _shown(name: str) -> str:
 
 def _place(name: str) -> int:
     """Where a field stands in the documentation; unknown ones come last."""
-    names = list(InpaintFields.model_fields)
-    embeddings_follow = names.index("clip_skip") + 1
-    order = [*FILES, *names[:embeddings_follow], *NOT_YET_SUPPORTED, *names[embeddings_follow:]]
+    order = [*FILES, *InpaintFields.model_fields]
     return order.index(name) if name in order else len(order)

@@ -25,16 +25,20 @@ from service.api.fields import MAX_SEED, InpaintFields
 from service.api.forms import InpaintForm, read_form
 from service.api.multipart import read_parts
 from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES
-from service.api.pictures import Canvas, prepare_canvas, render
+from service.api.pictures import Canvas, prepare_canvas, preview_file, render
 from service.api.problems import Fault, InvalidRequest
 from service.api.records import record_of
 from service.api.state import ServiceState, state_of
+from service.api.tensors import TENSORS
 from service.engine.engine import Handle
 from service.errors import ErrorCode, InpaintError
-from service.imaging import MEDIA_TYPES, ImageFormat
-from service.request import InpaintParams, InpaintResult
+from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, OutputFormat, media_type
+from service.request import InpaintParams, InpaintResult, Pixels
 
-_FORMAT_OF_TYPE: dict[str, ImageFormat] = {media_type: name for name, media_type in MEDIA_TYPES.items()}
+_FORMAT_OF_TYPE: dict[str, OutputFormat] = {
+    **{kind: name for name, kind in MEDIA_TYPES.items()},
+    ARRAY_MEDIA_TYPE: "npy",
+}
 _OFFERS = (*_FORMAT_OF_TYPE, JSON_MEDIA_TYPE, EVENT_STREAM_MEDIA_TYPE)
 
 
@@ -104,12 +108,12 @@ def _answer_type(form: InpaintForm, accept: str) -> str:
     Raises:
         InpaintError: `NOT_ACCEPTABLE`, or `INVALID_FIELD` for several images where one is to be answered.
     """
-    images = (MEDIA_TYPES[form.fields.output_format],) if form.is_format_named else tuple(_FORMAT_OF_TYPE)
-    media_type = choose_media_type(accept, (*images, JSON_MEDIA_TYPE, EVENT_STREAM_MEDIA_TYPE))
-    if media_type in _FORMAT_OF_TYPE and form.fields.num_images_per_prompt > 1:
+    images = (media_type(form.fields.output_format),) if form.is_format_named else tuple(_FORMAT_OF_TYPE)
+    chosen = choose_media_type(accept, (*images, JSON_MEDIA_TYPE, EVENT_STREAM_MEDIA_TYPE))
+    if chosen in _FORMAT_OF_TYPE and form.fields.num_images_per_prompt > 1:
         message = "More than one image is answered as JSON: send 'Accept: application/json'."
         raise InvalidRequest((Fault("num_images_per_prompt", ErrorCode.INVALID_FIELD, message),))
-    return media_type
+    return chosen
 
 
 async def _submit(
@@ -118,8 +122,10 @@ async def _submit(
     """Decode, fit and submit."""
     model = state.model
     fields = form.fields
-    if media_type in _FORMAT_OF_TYPE:
+    if media_type in _FORMAT_OF_TYPE and not form.is_format_named:
         fields = fields.model_copy(update={"output_format": _FORMAT_OF_TYPE[media_type]})
+    if media_type != EVENT_STREAM_MEDIA_TYPE:
+        fields = fields.model_copy(update={"previews": False})
     canvas = await state.in_thread(
         lambda: prepare_canvas(form, fields.output_format, model, state.settings.max_pixels, state.metrics)
     )
@@ -130,6 +136,7 @@ async def _submit(
         params,
         canvas.fitted.image,
         canvas.fitted.mask,
+        tensors=canvas.tensors,
         timeout_seconds=fields.timeout,
         request_id=record_of(request.scope).request_id,
     )
@@ -173,12 +180,13 @@ async def _render(admitted: _Admitted, result: InpaintResult) -> Painted:
         lambda: render(admitted.canvas, result, fields, fields.output_format, state.settings.nsfw_policy)
     )
     now = time.monotonic()
+    sent = [name for name in TENSORS if getattr(admitted.canvas.tensors, name) is not None]
     state.metrics.observe_stage("render", now - started_at)
     timings = stage_timings(result, now - started_at, now - admitted.started_at)
     record = record_of(admitted.request.scope)
     record.stages.update(timings.model_dump(exclude={"total"}))
     record.mean_images = result.mean_images
-    return Painted(record.request_id, state.model.id, fields, admitted.params, result, files, timings)
+    return Painted(record.request_id, state.model.id, fields, admitted.params, sent, result, files, timings)
 
 
 def _events(admitted: _Admitted) -> AsyncIterator[str]:
@@ -191,4 +199,7 @@ def _events(admitted: _Admitted) -> AsyncIterator[str]:
     def on_failed(error: InpaintError) -> None:
         record.code = error.code
 
-    return inpaint_events(admitted.handle, finish, on_failed)
+    async def preview(painted: Pixels) -> bytes:
+        return await admitted.state.in_thread(lambda: preview_file(admitted.canvas, painted, admitted.fields))
+
+    return inpaint_events(admitted.handle, finish, preview, on_failed)

@@ -11,11 +11,11 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from service import __version__
-from service.api.fields import InpaintFields
+from service.api.fields import FreeUFactors, InpaintFields
 from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS
 from service.api.schemas import InpaintAnswer, Problem
 from service.errors import ErrorCode
-from service.imaging import MEDIA_TYPES
+from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES
 
 TITLE = "inpaint-service"
 DESCRIPTION = """\
@@ -61,18 +61,39 @@ def _problem(codes: Iterable[str]) -> dict[str, Any]:
     }
 
 
+_TENSOR_TEXT = "An `.npy` file, or a `.safetensors` file with one tensor or one of the field's name; floating-point."
+_TENSOR_TEXTS = {
+    "prompt_embeds": "(T, D) embeddings in the place of `prompt`; see `embeds_width` and `max_tokens` in `/v1/models`.",
+    "negative_prompt_embeds": "(T, D) embeddings in the place of `negative_prompt`, as long as the prompt's.",
+    "latents": "(n, C, h, w) initial noise, n being `num_images_per_prompt`. All latents set the working size, where "
+    "none is named.",
+    "masked_image_latents": "(1 or n, C, h, w) scaled latents of the picture without what is repainted.",
+    "image_latents": "(1 or n, C, h, w) scaled latents of the picture; with those of the masked one and a mask, the "
+    "picture itself can be left out.",
+}
+
+
 def _form_schema() -> dict[str, Any]:
-    """The form's fields: two files, then the scalars with their bounds."""
-    schema = InpaintFields.model_json_schema()
+    """The form's fields: the files, then the scalars with their bounds."""
+    schema = InpaintFields.model_json_schema(ref_template=_REFS)
     properties = {
-        "image": _file("PNG, JPEG or WebP. EXIF orientation is applied."),
+        "image": _file("PNG, JPEG or WebP. EXIF orientation is applied. Required unless `image_latents` is sent."),
         "mask": _file(
             "White (at least half) is repainted, black is kept; same size as the image. "
             "Left out: the image's alpha is the mask, fully transparent is repainted."
         ),
+        **{name: _file(f"{text} {_TENSOR_TEXT}") for name, text in _TENSOR_TEXTS.items()},
         **{name: _without_null(field) for name, field in schema["properties"].items()},
     }
-    return {"type": "object", "properties": properties, "required": ["image", "prompt"], "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "allOf": [
+            {"anyOf": [{"required": ["prompt"]}, {"required": ["prompt_embeds"]}]},
+            {"anyOf": [{"required": ["image"]}, {"required": ["image_latents", "masked_image_latents", "mask"]}]},
+        ],
+        "additionalProperties": False,
+    }
 
 
 def _file(description: str) -> dict[str, Any]:
@@ -97,13 +118,19 @@ def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
 
 _PICTURE_TYPES = ", ".join(MEDIA_TYPES.values())
 
+_JSON_FIELDS = ("timesteps", "sigmas", "freeu")
+
 INPAINT_OPERATION: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {
                 "schema": _form_schema(),
-                "encoding": {"image": {"contentType": _PICTURE_TYPES}, "mask": {"contentType": _PICTURE_TYPES}},
+                "encoding": {
+                    "image": {"contentType": _PICTURE_TYPES},
+                    "mask": {"contentType": _PICTURE_TYPES},
+                    **{name: {"contentType": "application/json"} for name in _JSON_FIELDS},
+                },
             }
         },
     }
@@ -126,13 +153,14 @@ INPAINT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {
             **{
                 media_type: {"schema": {"type": "string", "format": "binary", "contentMediaType": media_type}}
-                for media_type in MEDIA_TYPES.values()
+                for media_type in (*MEDIA_TYPES.values(), ARRAY_MEDIA_TYPE)
             },
             "application/json": {"schema": {"$ref": _REFS.format(model="InpaintAnswer")}},
             "text/event-stream": {
                 "schema": {
                     "type": "string",
-                    "description": "Events `queued` {position}, `progress` {step, steps, eta in seconds or null}, "
+                    "description": "Events `queued` {position}, `progress` {step, steps, eta in seconds or null; with "
+                    "`previews`, now and then a preview {b64_json, media_type}}, "
                     "then `completed` (the JSON answer) or `failed` (a problem).",
                 }
             },
@@ -146,7 +174,7 @@ def openapi_document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
     """The document of an application's routes."""
     document = get_openapi(title=TITLE, version=__version__, description=DESCRIPTION, routes=list(routes))
     _, definitions = models_json_schema(
-        [(Problem, "serialization"), (InpaintAnswer, "serialization")], ref_template=_REFS
+        [(Problem, "serialization"), (InpaintAnswer, "serialization"), (FreeUFactors, "validation")], ref_template=_REFS
     )
     components = document.setdefault("components", {})
     components["schemas"] = dict(sorted({**components.get("schemas", {}), **definitions["$defs"]}.items()))

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
 from service.api.fields import (
+    MAX_CLIP_SKIP,
     MAX_IMAGES_PER_PROMPT,
     MAX_PROMPT_CHARACTERS,
     MAX_STEPS,
@@ -25,6 +26,7 @@ from service.api.schemas import (
     ModelWorker,
     Readiness,
     ReadyWorker,
+    ServedEmbedding,
     ServedModel,
     WorkingSize,
 )
@@ -161,11 +163,26 @@ def _served(state: ServiceState, model: ModelInfo) -> ServedModel:
         schedulers=list(model.schedulers),
         default_scheduler=model.default_scheduler,
         default_steps=model.default_steps,
+        timesteps_schedulers=list(model.timesteps_schedulers),
+        sigmas_schedulers=list(model.sigmas_schedulers),
+        prediction_type=model.prediction_type,
+        unet_in_channels=model.unet_in_channels,
+        embeds_guidance=model.embeds_guidance,
+        embeds_width=model.embeds_width,
+        max_tokens=model.max_tokens,
+        latent_channels=model.latent_channels,
+        latent_multiple=model.latent_multiple,
+        vae=model.vae,
+        attention_backend=model.attention_backend,
+        embeddings=[
+            ServedEmbedding(token=embedding.token, num_vectors=embedding.num_vectors) for embedding in model.embeddings
+        ],
         has_safety_checker=model.has_safety_checker,
         nsfw_policy=settings.nsfw_policy,
         limits=ModelLimits(
             max_prompt_characters=MAX_PROMPT_CHARACTERS,
             max_steps=MAX_STEPS,
+            max_clip_skip=min(MAX_CLIP_SKIP, model.max_clip_skip),
             max_images_per_prompt=MAX_IMAGES_PER_PROMPT,
             min_side=min_side,
             max_side=max_side,

@@ -3,14 +3,21 @@
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from service import fitting, imaging
 from service.api.fields import InpaintFields
 from service.api.forms import InpaintForm
+from service.api.problems import Fault, InvalidRequest
+from service.api.tensors import TensorChecks
+from service.errors import ErrorCode
 from service.fitting import Fitted
-from service.imaging import ImageFormat, Upload
+from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, ImageFormat, OutputFormat, Upload
 from service.messages import ModelInfo
 from service.metrics import Metrics
-from service.request import InpaintResult, NsfwPolicy, Pixels
+from service.request import REPAINT_FROM, Floats, InpaintResult, InpaintTensors, NsfwPolicy, Pixels
+
+PREVIEW_FORMAT: ImageFormat = "jpeg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +28,13 @@ class Canvas:
         upload: The picture as sent.
         mask: (H, W) uint8, shaped as asked.
         fitted: What the model paints on.
+        tensors: What the client has computed itself, at working size.
     """
 
     upload: Upload
     mask: Pixels
     fitted: Fitted
+    tensors: InpaintTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +57,13 @@ class ImageFile:
 
 
 def prepare_canvas(
-    form: InpaintForm, image_format: ImageFormat, model: ModelInfo, max_pixels: int, metrics: Metrics
+    form: InpaintForm, output_format: OutputFormat, model: ModelInfo, max_pixels: int, metrics: Metrics
 ) -> Canvas:
     """Decode, shape the mask and fit.
 
     Args:
         form: What the client sent.
-        image_format: What the answer will be encoded as.
+        output_format: What the answer will be encoded as.
         model: The served model.
         max_pixels: Largest picture to decode.
         metrics: Where to count.
@@ -63,6 +72,7 @@ def prepare_canvas(
         InpaintError: The files cannot be used; `field` names the one at fault.
     """
     fields = form.fields
+    _require_something_to_paste_into(form, output_format)
     started_at = time.monotonic()
     upload = imaging.decode_upload(form.image, form.mask, max_pixels=max_pixels)
     decoded_at = time.monotonic()
@@ -77,15 +87,25 @@ def prepare_canvas(
         width=fields.width,
         padding_mask_crop=fields.padding_mask_crop,
     )
+    checks = TensorChecks(model, fields.num_images_per_prompt, is_guided=fields.is_guided(model))
+    latents, faults = checks.latents(form.latents, fitted.placement.working)
+    if faults:
+        raise InvalidRequest(tuple(faults))
     size = fitting.result_size(fitted.placement, composite=fields.composite)
-    imaging.require_encodable(image_format, size.height, size.width)
+    imaging.require_encodable(output_format, size.height, size.width)
     metrics.observe_stage("decode", decoded_at - started_at)
     metrics.observe_stage("fit", time.monotonic() - decoded_at)
-    return Canvas(upload, mask, fitted)
+    return Canvas(upload, mask, fitted, InpaintTensors(**form.embeds, **latents))
+
+
+def _require_something_to_paste_into(form: InpaintForm, output_format: OutputFormat) -> None:
+    if form.image is None and form.fields.composite and output_format != "latent":
+        message = "Without an image there is nothing to paste into: send composite=false."
+        raise InvalidRequest((Fault("composite", ErrorCode.INVALID_FIELD, message),))
 
 
 def render(
-    canvas: Canvas, result: InpaintResult, fields: InpaintFields, image_format: ImageFormat, policy: NsfwPolicy
+    canvas: Canvas, result: InpaintResult, fields: InpaintFields, output_format: OutputFormat, policy: NsfwPolicy
 ) -> list[ImageFile]:
     """Paste back and encode what was painted.
 
@@ -93,31 +113,81 @@ def render(
         canvas: What was painted on.
         result: What was painted.
         fields: What the client asked for.
-        image_format: What to encode as.
+        output_format: What to encode as.
         policy: What becomes of flagged images.
     """
-    return [
-        _render_one(canvas, painted, fields, image_format, policy if is_flagged else None)
-        for painted, is_flagged in zip(result.images, result.nsfw, strict=True)
-    ]
+    files = []
+    for painted, is_flagged in zip(result.images, result.nsfw, strict=True):
+        flag_policy = policy if is_flagged else None
+        if output_format == "latent":
+            files.append(_latents_file(canvas, painted, flag_policy))
+        elif output_format == "npy":
+            files.append(_floats_file(canvas, painted, fields, flag_policy))
+        else:
+            files.append(_picture_file(canvas, painted, fields, output_format, flag_policy))
+    return files
 
 
-def _render_one(
-    canvas: Canvas, painted: Pixels, fields: InpaintFields, image_format: ImageFormat, flag_policy: NsfwPolicy | None
+def preview_file(canvas: Canvas, painted: Pixels, fields: InpaintFields) -> bytes:
+    """A JPEG of an unfinished picture at working size, over what is kept.
+
+    Args:
+        canvas: What is painted on.
+        painted: (h, w, 3) uint8 RGB.
+        fields: What the client asked for.
+    """
+    if fields.composite:
+        fitted = canvas.fitted
+        painted = np.where((fitted.mask >= REPAINT_FROM)[..., None], painted, fitted.image)
+    return imaging.encode_image(painted, PREVIEW_FORMAT)
+
+
+def _latents_file(canvas: Canvas, latents: Pixels | Floats, flag_policy: NsfwPolicy | None) -> ImageFile:
+    """Latents as they are; flagged ones are zeros, because there is no blurring them."""
+    if flag_policy in ("black", "blur"):
+        latents = np.zeros_like(latents)
+    working = canvas.fitted.placement.working
+    data = imaging.encode_array(latents.astype(np.float32, copy=False))
+    return ImageFile(data, ARRAY_MEDIA_TYPE, working.height, working.width, is_flagged=flag_policy is not None)
+
+
+def _floats_file(
+    canvas: Canvas, painted: Pixels | Floats, fields: InpaintFields, flag_policy: NsfwPolicy | None
+) -> ImageFile:
+    placement = canvas.fitted.placement
+    floats = painted.astype(np.float32, copy=False)
+    if flag_policy == "black":
+        floats = fitting.black_picture(placement, composite=fields.composite).astype(np.float32)
+    elif fields.composite:
+        floats = fitting.paste_back_floats(
+            canvas.upload.image, canvas.mask, placement, floats, feather=fields.mask_blur > 0
+        )
+    if flag_policy == "blur":
+        floats = imaging.blur_flagged((floats * 255).round().astype(np.uint8)).astype(np.float32) / np.float32(255)
+    height, width = floats.shape[:2]
+    return ImageFile(imaging.encode_array(floats), ARRAY_MEDIA_TYPE, height, width, is_flagged=flag_policy is not None)
+
+
+def _picture_file(
+    canvas: Canvas,
+    painted: Pixels | Floats,
+    fields: InpaintFields,
+    image_format: ImageFormat,
+    flag_policy: NsfwPolicy | None,
 ) -> ImageFile:
     alpha = None
     if flag_policy == "black":
         # Whole, as stock: nothing of it is pasted, and nothing of the upload shows.
         pixels = fitting.black_picture(canvas.fitted.placement, composite=fields.composite)
     else:
-        pixels = _placed(canvas, painted, fields)
+        pixels = _placed(canvas, painted.astype(np.uint8, copy=False), fields)
         if flag_policy == "blur":
             pixels = imaging.blur_flagged(pixels)
         else:
             alpha = _alpha(canvas, pixels, fields)
     data = imaging.encode_image(pixels, image_format, alpha=alpha, icc_profile=canvas.upload.icc_profile)
     height, width = pixels.shape[:2]
-    return ImageFile(data, imaging.MEDIA_TYPES[image_format], height, width, is_flagged=flag_policy is not None)
+    return ImageFile(data, MEDIA_TYPES[image_format], height, width, is_flagged=flag_policy is not None)
 
 
 def _placed(canvas: Canvas, painted: Pixels, fields: InpaintFields) -> Pixels:

@@ -1,13 +1,19 @@
 """The JSON that clients get: wire models of the native endpoints' answers."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, Field
 
-from service.api.fields import InpaintFields
+from service.api.fields import FreeUFactors, InpaintFields
 from service.errors import ErrorCode
-from service.imaging import ImageFormat
-from service.request import Batching, InpaintParams
+from service.imaging import OutputFormat
+from service.request import Batching, InpaintParams, PromptSyntax
+
+_RESOLVED = frozenset(
+    {"prompt", "num_inference_steps", "seed", "scheduler", "height", "width"},
+)
+"""What a request may leave open."""
 
 
 class EffectiveParameters(BaseModel):
@@ -15,7 +21,10 @@ class EffectiveParameters(BaseModel):
 
     prompt: str
     negative_prompt: str
+    prompt_syntax: PromptSyntax
     num_inference_steps: int
+    timesteps: list[int] | None
+    sigmas: list[float] | None
     guidance_scale: float
     strength: float
     num_images_per_prompt: int
@@ -26,19 +35,21 @@ class EffectiveParameters(BaseModel):
     width: int = Field(description="Working width.")
     padding_mask_crop: int | None
     clip_skip: int
+    freeu: FreeUFactors | None
     mask_blur: int
     mask_grow: int
     mask_invert: bool
     composite: bool
-    output_format: ImageFormat
+    output_format: OutputFormat
     batching: Batching
+    tensors: list[str] = Field(description="Tensors that were sent, by their fields' names.")
 
     @classmethod
-    def of(cls, fields: InpaintFields, params: InpaintParams) -> Self:
+    def of(cls, fields: InpaintFields, params: InpaintParams, tensors: Sequence[str]) -> Self:
         """From what was sent and what became of it; the latter wins."""
-        resolved = {name: getattr(params, name) for name in cls.model_fields if hasattr(params, name)}
-        sent = fields.model_dump(include=set(cls.model_fields) - set(resolved))
-        return cls(**sent, **resolved)
+        sent = fields.model_dump(include=set(cls.model_fields))
+        resolved = {name: getattr(params, name) for name in sent if name in _RESOLVED}
+        return cls(**{**sent, **resolved}, tensors=list(tensors))
 
 
 class InpaintedImage(BaseModel):
@@ -48,7 +59,7 @@ class InpaintedImage(BaseModel):
     media_type: str
     seed: int = Field(description="What its noise was drawn with: the request's seed plus its index.")
     nsfw_content_detected: bool
-    width: int
+    width: int = Field(description="Of the picture, in pixels; of latents, the working size.")
     height: int
 
 
@@ -106,6 +117,7 @@ class ModelLimits(BaseModel):
 
     max_prompt_characters: int
     max_steps: int
+    max_clip_skip: int
     max_images_per_prompt: int
     min_side: int
     max_side: int
@@ -134,6 +146,13 @@ class WorkingSize(BaseModel):
     width: int
 
 
+class ServedEmbedding(BaseModel):
+    """A textual inversion: prompts that hold the token mean its vectors."""
+
+    token: str
+    num_vectors: int
+
+
 class ServedModel(BaseModel):
     """The served model: OpenAI's fields, and ours."""
 
@@ -148,6 +167,18 @@ class ServedModel(BaseModel):
     schedulers: list[str]
     default_scheduler: str
     default_steps: int
+    timesteps_schedulers: list[str] = Field(description="Schedulers that take `timesteps`.")
+    sigmas_schedulers: list[str] = Field(description="Schedulers that take `sigmas`.")
+    prediction_type: str
+    unet_in_channels: int = Field(description="9 for an inpainting UNet, 4 for a plain one.")
+    embeds_guidance: bool = Field(description="Whether guidance is an input of the UNet, and costs no second row.")
+    embeds_width: int = Field(description="Width D of `prompt_embeds`, (T, D).")
+    max_tokens: int = Field(description="Tokens of a prompt that the text encoder reads.")
+    latent_channels: int = Field(description="Channels C of latents, (C, height / `latent_multiple`, …).")
+    latent_multiple: int
+    vae: str
+    attention_backend: str
+    embeddings: list[ServedEmbedding]
     has_safety_checker: bool
     nsfw_policy: str
     limits: ModelLimits

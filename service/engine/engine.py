@@ -20,7 +20,7 @@ from service.engine.supervisor import Worker
 from service.errors import ErrorCode, InpaintError, StartupError
 from service.messages import ModelInfo, Report
 from service.metrics import Metrics
-from service.request import InpaintParams, InpaintRequest, Pixels
+from service.request import NO_TENSORS, InpaintParams, InpaintRequest, InpaintTensors, Pixels
 from service.settings import Settings
 
 __all__ = ["Engine", "Handle", "WorkerStatus"]
@@ -162,6 +162,7 @@ class Engine:
         image: Pixels,
         mask: Pixels,
         *,
+        tensors: InpaintTensors = NO_TENSORS,
         timeout_seconds: float | None = None,
         request_id: str,
     ) -> Handle:
@@ -171,6 +172,7 @@ class Engine:
             params: Resolved parameters.
             image: (height, width, 3) uint8 RGB at working size.
             mask: (height, width) uint8; ≥ 128 repaints.
+            tensors: What the client has computed itself.
             timeout_seconds: The client's own limit; the operator's applies anyway.
             request_id: For logs.
 
@@ -180,7 +182,7 @@ class Engine:
         self.check_room()
         limit = self._settings.timeout if timeout_seconds is None else min(timeout_seconds, self._settings.timeout)
         now = time.monotonic()
-        request = InpaintRequest(params, image, mask, admitted_at=now, deadline=now + limit)
+        request = InpaintRequest(params, image, mask, admitted_at=now, deadline=now + limit, tensors=tensors)
         handle = Handle(
             request_id,
             f"{request_id}.{next(self._numbers)}",

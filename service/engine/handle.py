@@ -69,8 +69,9 @@ class Handle:
     async def progress(self) -> AsyncIterator[StepProgress]:
         """Steps as they are done, up to the outcome, which `result` then has at once.
 
-        A slow reader skips to the latest. The count starts again where a worker
-        was lost and another takes over.
+        A slow reader skips to the latest, but misses no preview for it: each has the
+        latest one so far. The count starts again where a worker was lost and another
+        takes over.
         """
         seen: StepProgress | None = None
         while True:
@@ -113,11 +114,15 @@ class Handle:
         """Seconds since its admission."""
         return time.monotonic() - self.request.admitted_at
 
-    def advance(self, step: int, steps: int) -> None:
-        """The worker has done `step` of `steps` model calls."""
-        if not self.is_ended:
-            self._latest = StepProgress(self.request_id, step, steps)
-            self._wake()
+    def advance(self, progress: StepProgress) -> None:
+        """The worker has done another step; a preview stays until there is a newer one."""
+        if self.is_ended:
+            return
+        preview = progress.preview
+        if preview is None and self._latest is not None and self._latest.step < progress.step:
+            preview = self._latest.preview
+        self._latest = StepProgress(self.request_id, progress.step, progress.steps, preview)
+        self._wake()
 
     def end(self, outcome: Outcome) -> bool:
         """Set the one outcome; False if there is one already."""

@@ -170,4 +170,4 @@ class Router:
 def _advance(load: Load, progress: StepProgress) -> None:
     handle = load.progress(progress)
     if handle is not None:
-        handle.advance(progress.step, progress.steps)
+        handle.advance(progress)

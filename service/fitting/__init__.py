@@ -12,7 +12,14 @@ Three ways to fit, in the order in which they are looked for:
 
 from service.fitting.buckets import buckets
 from service.fitting.fit import Fitted, fit
-from service.fitting.paste import black_picture, opaque_where_painted, overlay, paste_back, result_size
+from service.fitting.paste import (
+    black_picture,
+    opaque_where_painted,
+    overlay,
+    paste_back,
+    paste_back_floats,
+    result_size,
+)
 from service.fitting.placement import Box, Placement, Size
 
 __all__ = [
@@ -26,5 +33,6 @@ __all__ = [
     "opaque_where_painted",
     "overlay",
     "paste_back",
+    "paste_back_floats",
     "result_size",
 ]

@@ -5,7 +5,7 @@ from PIL import Image
 
 from service.fitting import stock
 from service.fitting.placement import Placement, Size
-from service.request import REPAINT_FROM, Pixels
+from service.request import REPAINT_FROM, Floats, Pixels
 
 
 def paste_back(
@@ -34,6 +34,36 @@ def paste_back(
         _to_window(painted, placement), Image.fromarray(window.cut(upload_image)), Image.fromarray(share)
     )
     return _with_window(upload_image, placement, pasted)
+
+
+def paste_back_floats(
+    upload_image: Pixels, mask: Pixels, placement: Placement, painted: Floats, *, feather: bool = False
+) -> Floats:
+    """As `paste_back`, without rounding to whole levels; not for a placement with `padding_mask_crop`.
+
+    Args:
+        upload_image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, as it was fitted.
+        placement: Of the fit.
+        painted: (h, w, 3) float32 from 0 to 1 at working size.
+        feather: Blend by the mask's grey instead of cutting at 128.
+
+    Returns:
+        (H, W, 3) float32 from 0 to 1; where the mask is 0, the upload's levels divided by 255.
+    """
+    window = placement.window
+    result: Floats = upload_image.astype(np.float32) / np.float32(255)
+    share = window.cut(mask)
+    if not feather:
+        share = np.where(share >= REPAINT_FROM, np.uint8(255), np.uint8(0))
+    weight = share.astype(np.float32)[..., None] / np.float32(255)
+    if placement.working != window.size:
+        channels = [Image.fromarray(np.ascontiguousarray(painted[..., channel])) for channel in range(3)]
+        resized = [np.asarray(stock.resize(channel, window.size)) for channel in channels]
+        painted = np.stack(resized, axis=-1).clip(0, 1)
+    kept = window.cut(result)
+    kept[:] = (1 - weight) * kept + weight * painted  # Exact at both ends.
+    return result
 
 
 def overlay(upload_image: Pixels, mask: Pixels, placement: Placement, painted: Pixels) -> Pixels:

@@ -1,11 +1,14 @@
 """Where the painted picture lies within the upload."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.request import Pixels
+
+_Scalar = TypeVar("_Scalar", np.uint8, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Box:
         """(left, top, right, bottom), Pillow's order."""
         return self.left, self.top, self.right, self.bottom
 
-    def cut(self, pixels: Pixels) -> Pixels:
+    def cut(self, pixels: NDArray[_Scalar]) -> NDArray[_Scalar]:
         """A view of the box's part of (H, W, ...) pixels."""
         return pixels[self.top : self.bottom, self.left : self.right]
 

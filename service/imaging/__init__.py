@@ -2,23 +2,39 @@
 
     bytes ──formats──▶ a known container ──decode──▶ Upload(image, mask, alpha)
     mask  ──masks────▶ inverted, grown, blurred mask
-    pixels ──encode──▶ PNG, JPEG or WebP bytes
+    pixels ──encode──▶ PNG, JPEG, WebP or NumPy bytes
 
 Everything here is synchronous and pure, and may run in any thread. What a
 hostile upload can provoke surfaces as `InpaintError` alone.
 """
 
 from service.imaging.decode import Upload, decode_upload
-from service.imaging.encode import MEDIA_TYPES, ImageFormat, blur_flagged, encode_image, require_encodable
+from service.imaging.encode import (
+    ARRAY_MEDIA_TYPE,
+    MEDIA_TYPES,
+    ArrayFormat,
+    ImageFormat,
+    OutputFormat,
+    blur_flagged,
+    encode_array,
+    encode_image,
+    media_type,
+    require_encodable,
+)
 from service.imaging.masks import require_nonempty, shape_mask
 
 __all__ = [
+    "ARRAY_MEDIA_TYPE",
     "MEDIA_TYPES",
+    "ArrayFormat",
     "ImageFormat",
+    "OutputFormat",
     "Upload",
     "blur_flagged",
     "decode_upload",
+    "encode_array",
     "encode_image",
+    "media_type",
     "require_encodable",
     "require_nonempty",
     "shape_mask",

@@ -49,7 +49,7 @@ class Upload:
 
 
 def decode_upload(
-    image: bytes, mask: bytes | None, *, max_pixels: int, mask_channel: MaskChannel = "luminance"
+    image: bytes | None, mask: bytes | None, *, max_pixels: int, mask_channel: MaskChannel = "luminance"
 ) -> Upload:
     """Decode a picture and its mask.
 
@@ -58,8 +58,8 @@ def decode_upload(
     picture's alpha is the mask: what is transparent is to be repainted.
 
     Args:
-        image: The picture's file.
-        mask: The mask's file, of the picture's size.
+        image: The picture's file; None for a black picture of the mask's size.
+        mask: The mask's file, of the picture's size; not None where the picture is.
         max_pixels: Largest height times width; read from the headers, before pixels are decoded. No side may
             be longer than `MAX_SIDE`.
         mask_channel: "alpha" takes the mask file's alpha instead, transparent = repaint, as some wire formats do.
@@ -68,6 +68,10 @@ def decode_upload(
         InpaintError: `UNSUPPORTED_MEDIA`, `INVALID_IMAGE`, `TOO_MANY_PIXELS`, `ANIMATED`, `MASK_MISMATCH`, or
             `INVALID_FIELD` when alpha is to be the mask and there is none; `field` names the file at fault.
     """
+    if image is None:
+        assert mask is not None  # noqa: S101 - for the type checker: see above
+        grey = _grey(_open(mask, "mask", max_pixels))
+        return Upload(np.zeros((*grey.shape, 3), np.uint8), grey, alpha=None, icc_profile=None)
     picture = _open(image, "image", max_pixels)
     mask_picture = None if mask is None else _open(mask, "mask", max_pixels)
     if mask_picture is not None and mask_picture.size != picture.size:

@@ -10,16 +10,20 @@ from PIL import Image, ImageFilter
 
 from service.errors import ErrorCode, InpaintError
 from service.imaging.formats import PNG_SIGNATURE
-from service.request import Pixels
+from service.request import Floats, Pixels
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+ArrayFormat = Literal["npy", "latent"]
+OutputFormat = Literal["png", "jpeg", "webp", "npy", "latent"]
 
 MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+ARRAY_MEDIA_TYPE = "application/x-npy"
+"""Of both array formats."""
 
 JPEG_QUALITY = 95
 
 # What the file formats themselves can state.
-_MAX_SIDE: dict[ImageFormat, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
+_MAX_SIDE: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
 
 _PNG_COLOUR_TYPES = {3: 2, 4: 6}  # channels: truecolour, truecolour with alpha
 _PNG_UP_FILTER = 2
@@ -55,17 +59,37 @@ def encode_image(
     return buffer.getvalue()
 
 
-def require_encodable(image_format: ImageFormat, height: int, width: int) -> None:
-    """Refuse early what `encode_image` would refuse after the work is done.
+def encode_array(array: Floats) -> bytes:
+    """An array as an `.npy` file, float32 in C order.
+
+    Args:
+        array: Of any shape.
+    """
+    buffer = BytesIO()
+    np.save(buffer, np.ascontiguousarray(array, np.float32), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def media_type(output_format: OutputFormat) -> str:
+    """What an answer of this format is sent as."""
+    match output_format:
+        case "npy" | "latent":
+            return ARRAY_MEDIA_TYPE
+        case _:
+            return MEDIA_TYPES[output_format]
+
+
+def require_encodable(output_format: OutputFormat, height: int, width: int) -> None:
+    """Refuse early what `encode_image` would refuse after the work is done; an array holds any size.
 
     Raises:
         InpaintError: `INVALID_FIELD` when the format cannot hold a picture of this size.
     """
-    max_side = _MAX_SIDE[image_format]
-    if max(height, width) > max_side:
+    max_side = _MAX_SIDE.get(output_format)
+    if max_side is not None and max(height, width) > max_side:
         raise InpaintError(
             ErrorCode.INVALID_FIELD,
-            f"A {image_format} picture has at most {max_side} pixels a side; ask for png.",
+            f"A {output_format} picture has at most {max_side} pixels a side; ask for png.",
             field="output_format",
         )
 

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.request import InpaintRequest
+from service.request import FreeU, InpaintRequest, LoraUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,15 @@ class BatchKey:
         height: Working height in pixels.
         width: Working width in pixels.
         solo: The id of a request that asked for a batch of its own, else None.
+        loras: What is merged into the weights.
+        freeu: What the UNet's skip connections are weighted with.
     """
 
     height: int
     width: int
     solo: str | None = None
+    loras: tuple[LoraUse, ...] = ()
+    freeu: FreeU | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +64,7 @@ class Generation:
     def __post_init__(self) -> None:
         params = self.request.params
         solo = self.request_id if params.batching == "solo" else None
-        self.key = BatchKey(params.height, params.width, solo)
+        self.key = BatchKey(params.height, params.width, solo, params.loras, params.freeu)
 
     @property
     def num_images(self) -> int:

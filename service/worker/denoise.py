@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from service.worker.sampler import Schedule
-from service.worker.slots import Slot, SlotBatch
+from service.worker.slots import Estimate, Slot, SlotBatch
 
 RowPadding = Callable[[int], int]
 
@@ -40,12 +40,14 @@ def tick(unet: UNet2DConditionModel, batch: SlotBatch, pad_rows: RowPadding) -> 
     uncond, cond = noise_pred[batch.uncond_row], noise_pred[batch.cond_row]
     noise_pred = uncond + batch.guidance_scale * (cond - uncond)  # (N, C, h, w)
 
-    states = _scheduler_step(slots, states, noise_pred)
+    advanced = _scheduler_step(slots, states, noise_pred)
     if batch.mask is not None:
-        states[:, 0] = _blend_known_region(batch, states[:, 0])
+        advanced[:, 0] = _blend_known_region(batch, advanced[:, 0])
 
-    for slot, state in zip(slots, states, strict=True):
-        slot.state = state
+    for index, slot in enumerate(slots):
+        if slot.has_previews:
+            slot.estimate = Estimate(latents[index], noise_pred[index], slot.call)
+        slot.state = advanced[index]
         slot.call += 1
         slot.drawn = slot.advanced = None
 
@@ -76,16 +78,22 @@ def _predict(unet: UNet2DConditionModel, batch: SlotBatch, scaled: torch.Tensor,
     rows = scaled.to(unet.dtype)[batch.image_of_row]
     if batch.conditioning is not None:
         rows = torch.cat([rows, batch.conditioning], dim=1)  # (R, 9, h, w)
-    timesteps = timesteps[batch.image_of_row]
-    embeds = batch.embeds
     padding = pad_rows(batch.num_rows) - batch.num_rows
-    if padding:
-        rows, timesteps, embeds = (
-            torch.cat([tensor, tensor[-1:].expand(padding, *tensor.shape[1:])]) for tensor in (rows, timesteps, embeds)
-        )
-    noise_pred = unet(rows, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+    noise_pred = unet(
+        _padded(rows, padding),
+        _padded(timesteps[batch.image_of_row], padding),
+        encoder_hidden_states=_padded(batch.embeds, padding),
+        encoder_attention_mask=None if batch.embeds_mask is None else _padded(batch.embeds_mask, padding),
+        timestep_cond=None if batch.timestep_cond is None else _padded(batch.timestep_cond, padding),
+        return_dict=False,
+    )[0]
     result: torch.Tensor = noise_pred[: batch.num_rows].float()
     return result
+
+
+def _padded(rows: torch.Tensor, padding: int) -> torch.Tensor:
+    """The last row so many times more."""
+    return torch.cat([rows, rows[-1:].expand(padding, *rows.shape[1:])]) if padding else rows
 
 
 def _scheduler_step(slots: Sequence[Slot], states: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:

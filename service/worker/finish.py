@@ -1,14 +1,16 @@
 """From latents to checked pictures: the last steps of `StableDiffusionInpaintPipeline.__call__`, batched."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from service.errors import ErrorCode, InpaintError
-from service.request import NsfwPolicy, Pixels
+from service.request import Floats, NsfwPolicy, Output, Pixels
 from service.worker.checkpoint import Components
 from service.worker.loop import Finish
 from service.worker.safety import SafetyCheck
@@ -17,6 +19,19 @@ from service.worker.slots import Slot
 logger = logging.getLogger(__name__)
 
 MAX_DECODE_BATCH = 8
+
+
+@dataclass(slots=True)
+class _Decoded:
+    """One picture from the decoder.
+
+    Attributes:
+        pixels: (H, W, 3) uint8.
+        floats: (H, W, 3) float32 from 0 to 1, where they are asked for.
+    """
+
+    pixels: Pixels
+    floats: Floats | None
 
 
 class Finisher:
@@ -33,11 +48,15 @@ class Finisher:
         checker = components.safety_checker
         self._safety = None if checker is None else SafetyCheck(checker, components.feature_extractor)
 
-    def finish(self, generations: Sequence[Sequence[Slot]]) -> list[Finish | InpaintError]:
+    def finish(self, generations: Sequence[Sequence[Slot]], outputs: Sequence[Output]) -> list[Finish | InpaintError]:
         """Pictures of each request, or why it has none; times are of the batch that it shared.
+
+        Latents are decoded and checked like pictures, though they are answered as they are: whoever has
+        them has the picture.
 
         Args:
             generations: The slots of each request, all of one working size.
+            outputs: What each request asked for.
         """
         results: dict[int, Finish | InpaintError] = {}
         sound: list[int] = []
@@ -48,40 +67,99 @@ class Finisher:
                 results[index] = InpaintError(ErrorCode.NAN_OUTPUT, "The model's output was not a number.")
 
         started_at = time.monotonic()
-        decoded = self._decode([slot for index in sound for slot in generations[index]])
+        decoded = self._decode(
+            [slot for index in sound for slot in generations[index]],
+            [outputs[index] == "floats" for index in sound for _ in generations[index]],
+        )
         decoded_at = time.monotonic()
-        pictures: dict[int, list[Pixels]] = {}
+        pictures: dict[int, list[_Decoded]] = {}
         for index in sound:
             own, decoded = decoded[: len(generations[index])], decoded[len(generations[index]) :]
             if any(picture is None for picture in own):
                 results[index] = InpaintError(ErrorCode.NAN_OUTPUT, "The decoder's output was not a number.")
             else:
                 pictures[index] = [picture for picture in own if picture is not None]
-        checked = self._check(pictures)
+        checked = self._check({index: [picture.pixels for picture in own] for index, own in pictures.items()})
         safety_seconds = time.monotonic() - decoded_at
         for index, flags in checked.items():
             if isinstance(flags, InpaintError):
                 results[index] = flags
                 continue
-            images = np.stack(pictures[index])
+            images = _images(generations[index], pictures[index], outputs[index])
             if self._nsfw_policy == "black":
                 images[np.array(flags)] = 0
             results[index] = Finish(images, flags, decoded_at - started_at, safety_seconds)
         return [results[index] for index in range(len(generations))]
 
-    def _decode(self, slots: Sequence[Slot]) -> list[Pixels | None]:
-        """(H, W, 3) uint8 pictures; None where the decoder's output is not finite."""
+    def preview(self, slots: Sequence[Slot]) -> list[Pixels | None]:
+        """(H, W, 3) uint8 of the finished pictures as the latest step guesses them.
+
+        None where there is no guess yet, or the safety checker does not let it pass.
+        """
+        estimates = [self._estimate(slot) for slot in slots]
+        guessed = [index for index, estimate in enumerate(estimates) if estimate is not None]
+        decoded = self._decode_latents(
+            [slots[index] for index in guessed],
+            [estimate for estimate in estimates if estimate is not None],
+            [False] * len(guessed),
+        )
+        sound = {index: [picture.pixels] for index, picture in zip(guessed, decoded, strict=True) if picture}
+        flags = self._check(sound)
+        return [sound[index][0] if index in sound and flags[index] == (False,) else None for index in range(len(slots))]
+
+    def _estimate(self, slot: Slot) -> torch.Tensor | None:
+        """(C, h, w) latents x0 that the UNet's output points to; None where the noise level is not known.
+
+        With x = a x0 + b ε, brought to a² + b² = 1: x0 = (x - b ε) / a, or a x - b v (Salimans and Ho,
+        "Progressive Distillation for Fast Sampling of Diffusion Models", appendix D).
+        """
+        estimate = slot.estimate
+        if estimate is None or estimate.call == 0:
+            return None
+        if self._prediction_type == "sample":
+            return estimate.output
+        image_scale, noise_scale = slot.plan.renoise[estimate.call - 1].tolist()
+        norm = math.hypot(image_scale, noise_scale)
+        image_scale, noise_scale = image_scale / norm, noise_scale / norm
+        latents = estimate.latents / norm
+        if self._prediction_type == "v_prediction":
+            guess: torch.Tensor = image_scale * latents - noise_scale * estimate.output
+        else:
+            guess = (latents - noise_scale * estimate.output) / image_scale
+        return guess
+
+    @property
+    def _prediction_type(self) -> str:
+        return str(self._components.scheduler.config.prediction_type)
+
+    def _decode(self, slots: Sequence[Slot], keeps_floats: Sequence[bool]) -> list[_Decoded | None]:
+        """Pictures of finished latents; None where the decoder's output is not finite."""
+        return self._decode_latents(slots, [slot.latents for slot in slots], keeps_floats)
+
+    def _decode_latents(
+        self, slots: Sequence[Slot], latents: Sequence[torch.Tensor], keeps_floats: Sequence[bool]
+    ) -> list[_Decoded | None]:
         components = self._components
-        pictures: list[Pixels | None] = []
+        pictures: list[_Decoded | None] = []
         for first in range(0, len(slots), MAX_DECODE_BATCH):
-            latents = torch.stack([slot.latents for slot in slots[first : first + MAX_DECODE_BATCH]])
-            latents = latents.to(components.dtype) / components.vae.config.scaling_factor
-            decoded = components.vae.decode(latents, return_dict=False)[0]
+            batch = slice(first, first + MAX_DECODE_BATCH)
+            stacked = torch.stack(list(latents[batch])).to(components.dtype) / components.vae.config.scaling_factor
+            decoded = components.vae.decode(stacked, return_dict=False, **self._conditions(slots[batch]))[0]
             is_finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
             images = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
-            for image, is_sound in zip(images, is_finite, strict=True):
-                pictures.append((image * 255).round().astype(np.uint8) if is_sound else None)
+            for image, is_sound, keeps in zip(images, is_finite, keeps_floats[batch], strict=True):
+                pixels = (image * 255).round().astype(np.uint8) if is_sound else None
+                pictures.append(None if pixels is None else _Decoded(pixels, image if keeps else None))
         return pictures
+
+    def _conditions(self, slots: Sequence[Slot]) -> dict[str, torch.Tensor]:
+        """What the decoder looks at beside the latents, for those that do (`AsymmetricAutoencoderKL`)."""
+        images = [slot.picture for slot in slots if slot.picture is not None]
+        masks = [slot.picture_mask for slot in slots if slot.picture_mask is not None]
+        if not images:
+            return {}
+        device, dtype = self._components.device, self._components.dtype
+        return {"image": torch.stack(images).to(device, dtype), "mask": torch.stack(masks).to(device, dtype)}
 
     def _check(self, pictures: dict[int, list[Pixels]]) -> dict[int, tuple[bool, ...] | InpaintError]:
         """Flags of each request's pictures; a batch that fails is checked request by request."""
@@ -95,3 +173,12 @@ class Finisher:
             if len(pictures) == 1:
                 return dict.fromkeys(pictures, error)
             return {index: self._check({index: own})[index] for index, own in pictures.items()}
+
+
+def _images(slots: Sequence[Slot], pictures: Sequence[_Decoded], output: Output) -> Pixels | Floats:
+    """What a request asked for, one of each image."""
+    if output == "latents":
+        return torch.stack([slot.latents for slot in slots]).float().cpu().numpy()
+    if output == "floats":
+        return np.stack([picture.floats for picture in pictures if picture.floats is not None])
+    return np.stack([picture.pixels for picture in pictures])

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
 
@@ -21,6 +22,9 @@ from service.messages import (
     Drain,
     Failed,
     Finished,
+    InspectLora,
+    LoraInfo,
+    LoraInspected,
     Ping,
     Pong,
     Report,
@@ -28,7 +32,7 @@ from service.messages import (
     Submit,
     Ticked,
 )
-from service.request import InpaintResult, Pixels, Timings
+from service.request import Floats, InpaintResult, Pixels, Timings
 from service.worker.batcher import Batcher, Generation
 from service.worker.faults import BatchTooLarge, DeviceLost
 
@@ -38,19 +42,25 @@ _T = TypeVar("_T")
 
 BUSY_WINDOW_SECONDS = 10.0
 
+MAX_PREVIEWS = 10
+"""Previews of one request at most: each costs its neighbours the time of a decode and a check."""
+
+MIN_PREVIEW_STEP = 2
+"""The first step knows nothing but noise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finish:
     """What `Pipeline.finish` made of one generation.
 
     Attributes:
-        images: (n, height, width, 3) uint8 RGB.
+        images: As in `InpaintResult`.
         nsfw: One flag per image.
         vae_decode_seconds: Time of the decode that it shared.
         safety_seconds: Time of the safety check that it shared.
     """
 
-    images: Pixels
+    images: Pixels | Floats
     nsfw: tuple[bool, ...]
     vae_decode_seconds: float
     safety_seconds: float
@@ -72,6 +82,12 @@ class Pipeline(Protocol):
 
     def finish(self, generations: Sequence[Generation]) -> list[Finish | InpaintError]:
         """Decode, check, and give back pictures."""
+
+    def preview(self, generations: Sequence[Generation]) -> list[Pixels | None]:
+        """What each may become, where there is something to show."""
+
+    def inspect_lora(self, path: str) -> LoraInfo:
+        """What a file is as a LoRA of this model."""
 
     def memory_bytes(self) -> dict[str, int]:
         """Device memory by kind."""
@@ -126,8 +142,18 @@ class Worker:
                     self._fail(generation, InpaintError(ErrorCode.CANCELLED, "The request was cancelled."))
             case Ping(number):
                 self._report(Pong(number))
+            case InspectLora(number, path):
+                self._report(self._inspected(number, path))
             case Drain():
                 self._is_draining = True
+
+    def _inspected(self, number: int, path: str) -> LoraInspected:
+        try:
+            return LoraInspected(number, self._pipeline.inspect_lora(path), None)
+        except DeviceLost:
+            raise
+        except Exception as error:  # noqa: BLE001 - the running batch must not suffer from a file
+            return LoraInspected(number, None, _as_inpaint_error(error).message)
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -178,6 +204,7 @@ class Worker:
                 generation.first_step_at = now
             if generation.is_denoised:
                 generation.denoised_at = now
+        previews = self._previews(generations)
         self._report(
             Ticked(
                 rows=sum(generation.request.params.num_rows for generation in generations),
@@ -186,10 +213,30 @@ class Worker:
                 max_images=self._batcher.max_images,
                 busy_ratio=self._busy.ratio(),
                 memory_bytes=self._pipeline.memory_bytes(),
-                progress=tuple(StepProgress(g.request_id, g.steps_done, g.steps) for g in generations),
+                progress=tuple(
+                    StepProgress(g.request_id, g.steps_done, g.steps, previews.get(g.request_id)) for g in generations
+                ),
             )
         )
         return list(generations)
+
+    def _previews(self, generations: Sequence[Generation]) -> dict[str, Pixels]:
+        """Pictures of unfinished requests, by id. They are a courtesy: what goes wrong costs a preview, no request."""
+        due = [generation for generation in generations if _is_preview_due(generation)]
+        if not due:
+            return {}
+        try:
+            pictures = self._pipeline.preview(due)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            logger.warning("no previews of %d requests", len(due), exc_info=error)
+            return {}
+        return {
+            generation.request_id: picture
+            for generation, picture in zip(due, pictures, strict=True)
+            if picture is not None
+        }
 
     # --- retire --------------------------------------------------------------
 
@@ -270,6 +317,13 @@ class BusyClock:
             self._spans.popleft()
         busy = sum(end - max(start, since) for start, end in self._spans) + (now - max(self._entered_at, since))
         return min(1.0, busy / (now - since)) if now > since else 0.0
+
+
+def _is_preview_due(generation: Generation) -> bool:
+    """Whether to show what it has become: after some steps, evenly spread; not after the first or the last."""
+    if not generation.request.params.previews or generation.is_denoised or generation.steps_done < MIN_PREVIEW_STEP:
+        return False
+    return generation.steps_done % max(1, ceil(generation.steps / MAX_PREVIEWS)) == 0
 
 
 def _as_inpaint_error(error: Exception) -> InpaintError:

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from service.errors import InpaintError
-from service.request import InpaintParams, InpaintRequest, NsfwPolicy
+from service.messages import LoraInfo
+from service.request import FreeU, InpaintParams, InpaintRequest, NsfwPolicy, Pixels
+from service.worker.adapters import Adapters
 from service.worker.batcher import Generation
 from service.worker.checkpoint import Components
 from service.worker.denoise import tick
@@ -80,10 +82,15 @@ class InpaintPipeline:
         self._components = components
         self._preparer = Preparer(components)
         self._finisher = Finisher(components, nsfw_policy)
+        self._adapters = Adapters(components.unet, components.text_encoder)
+        self._freeu: FreeU | None = None
 
     @_device_faults
     def prepare(self, generations: Sequence[Generation]) -> None:
         """Encode text and pictures, draw noise; sets `latents` and `steps`."""
+        loras = generations[0].key.loras
+        self._adapters.load(loras)
+        self._adapters.apply_text_encoder(loras)
         prepared = self._preparer.prepare([generation.request for generation in generations])
         for generation, slots in zip(generations, prepared, strict=True):
             generation.latents = Latents(slots)
@@ -92,13 +99,33 @@ class InpaintPipeline:
     @_device_faults
     def step(self, generations: Sequence[Generation]) -> None:
         """Advance every image by one model call."""
+        key = generations[0].key
+        self._adapters.apply_unet(key.loras)
+        self._set_freeu(key.freeu)
         tick(self._components.unet, self._gather(generations), self._pad_rows)
         self._synchronize()
 
     @_device_faults
     def finish(self, generations: Sequence[Generation]) -> list[Finish | InpaintError]:
         """Decode, check, and give back pictures."""
-        return self._finisher.finish([generation.latents.slots for generation in generations])
+        return self._finisher.finish(
+            [generation.latents.slots for generation in generations],
+            [generation.request.params.output for generation in generations],
+        )
+
+    @_device_faults
+    def preview(self, generations: Sequence[Generation]) -> list[Pixels | None]:
+        """The first image of each as it may become; None where nothing can be shown."""
+        return self._finisher.preview([generation.latents.slots[0] for generation in generations])
+
+    @_device_faults
+    def inspect_lora(self, path: str) -> LoraInfo:
+        """What a file is as a LoRA of this model; nothing of it is kept.
+
+        Raises:
+            InpaintError: `INVALID_LORA`.
+        """
+        return self._adapters.inspect(path)
 
     def memory_bytes(self) -> dict[str, int]:
         """Device memory by kind; empty on a CPU."""
@@ -109,6 +136,16 @@ class InpaintPipeline:
             "allocated": torch.cuda.memory_allocated(device),
             "reserved": torch.cuda.memory_reserved(device),
         }
+
+    def _set_freeu(self, freeu: FreeU | None) -> None:
+        """Stock's `enable_freeu`, for the batch whose turn it is."""
+        if freeu == self._freeu:
+            return
+        if freeu is None:
+            self._components.unet.disable_freeu()
+        else:
+            self._components.unet.enable_freeu(s1=freeu.s1, s2=freeu.s2, b1=freeu.b1, b2=freeu.b2)
+        self._freeu = freeu
 
     def _gather(self, generations: Sequence[Generation]) -> SlotBatch:
         """The stacked batch, rebuilt only when its images have changed."""

@@ -46,6 +46,23 @@ _NEGLIGIBLE = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
+class Steps:
+    """Which steps to take: what the stock pipeline's call is told of them.
+
+    Attributes:
+        num_inference_steps: Steps before `strength`; not used beside a list.
+        strength: Share of the schedule to run, in (0, 1].
+        timesteps: Timesteps in the place of the scheduler's own.
+        sigmas: Noise levels in the place of the scheduler's own.
+    """
+
+    num_inference_steps: int
+    strength: float = 1.0
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StockSchedule:
     """A scheduler made ready as steps 4 and 5 of the stock pipeline do.
 
@@ -60,18 +77,35 @@ class StockSchedule:
     num_inference_steps: int
 
 
-def start_schedule(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> StockSchedule:
-    """Set the timesteps and skip those before `strength`, as stock's `get_timesteps`.
+def start_schedule(scheduler: SchedulerMixin, steps: Steps) -> StockSchedule:
+    """Set the timesteps and skip those before `strength`, as stock's `retrieve_timesteps` and `get_timesteps`.
 
     Raises:
-        ValueError: The scheduler cannot run that many steps.
+        ValueError: The scheduler cannot take these steps, or none is left to take.
     """
-    scheduler.set_timesteps(num_inference_steps, device="cpu")
-    num_left = min(int(num_inference_steps * strength), num_inference_steps)
-    begin_index = (num_inference_steps - num_left) * scheduler.order
+    num_steps = _set_timesteps(scheduler, steps)
+    num_left = min(int(num_steps * steps.strength), num_steps)
+    begin_index = (num_steps - num_left) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin_index)
-    return StockSchedule(scheduler, scheduler.timesteps[begin_index:], num_left)
+    timesteps = scheduler.timesteps[begin_index:]
+    if num_left < 1 or len(timesteps) < 1:
+        raise ValueError("no step is left")
+    return StockSchedule(scheduler, timesteps, num_left)
+
+
+def _set_timesteps(scheduler: SchedulerMixin, steps: Steps) -> int:
+    """Returns the number of steps as stock counts them; of a list, the model calls."""
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    for name, values in (("timesteps", steps.timesteps), ("sigmas", steps.sigmas)):
+        if values is None:
+            continue
+        if name not in accepted:
+            raise ValueError(f"the scheduler takes no {name}")
+        scheduler.set_timesteps(**{name: list(values)}, device="cpu")
+        return len(scheduler.timesteps)
+    scheduler.set_timesteps(steps.num_inference_steps, device="cpu")
+    return steps.num_inference_steps
 
 
 def step_kwargs(scheduler: SchedulerMixin, eta: float, generator: torch.Generator) -> dict[str, Any]:
@@ -100,11 +134,13 @@ class Probe:
     """What was found out about one schedule.
 
     Attributes:
+        init_noise_sigma: Factor of the noise where the first latents are noise alone.
         initial: Factors of the image latents and the noise that the first latents are made of.
         renoise: (calls, 2) float32, the same factors for the known region after each call.
         recurrence: The matrices, None where the scheduler is not linear or remembers too much.
     """
 
+    init_noise_sigma: float
     initial: tuple[float, float]
     renoise: torch.Tensor
     recurrence: Recurrence | None
@@ -122,7 +158,8 @@ def probe(schedule: StockSchedule, *, is_pure_noise: bool, eta: float, max_histo
     scheduler, timesteps = schedule.scheduler, schedule.timesteps
     generator = torch.Generator()
     kwargs = step_kwargs(scheduler, eta, generator)
-    initial = (0.0, float(scheduler.init_noise_sigma)) if is_pure_noise else _noise_factors(scheduler, timesteps[:1])
+    init_noise_sigma = float(scheduler.init_noise_sigma)
+    initial = (0.0, init_noise_sigma) if is_pure_noise else _noise_factors(scheduler, timesteps[:1])
     renoise = [(1.0, 0.0)] * len(timesteps)
     has_own_noise = hasattr(scheduler, "noise_sampler")
     if has_own_noise:  # then no table can be made, and nothing else depends on the costly noise
@@ -141,7 +178,7 @@ def probe(schedule: StockSchedule, *, is_pure_noise: bool, eta: float, max_histo
         memory = next_memory
     is_table = seen.is_linear() and not has_own_noise
     recurrence = _recurrence(seen, max_history) if is_table else None
-    return Probe(initial, torch.tensor(renoise), recurrence)
+    return Probe(init_noise_sigma, initial, torch.tensor(renoise), recurrence)
 
 
 def _noise_factors(scheduler: SchedulerMixin, timestep: torch.Tensor) -> tuple[float, float]:

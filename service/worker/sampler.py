@@ -17,7 +17,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from service.errors import ErrorCode, InpaintError
-from service.worker.probe import probe, start_schedule, step_kwargs
+from service.worker.probe import Steps, probe, start_schedule, step_kwargs
 from service.worker.schedulers import make_scheduler, takes_eta
 
 MAX_HISTORY = 3
@@ -38,6 +38,7 @@ class Schedule:
             (x, h1..hK, ε, z), rows (x', h1'..hK').
         draws_noise: Whether stock draws z from the generator at that call, also where it is not used.
         initial: (a, b): the first latents are a * image latents + b * noise.
+        init_noise_sigma: Factor of latents that the client gives, which are noise alone whatever `strength` is.
         renoise: (calls, 2) float32: after a call, the known region of a 4-channel UNet
             is a * image latents + b * noise; (1, 0) after the last.
         num_inference_steps: Steps as the user counts them, after `strength`.
@@ -48,6 +49,7 @@ class Schedule:
     transition: torch.Tensor
     draws_noise: tuple[bool, ...]
     initial: tuple[float, float]
+    init_noise_sigma: float
     renoise: torch.Tensor
     num_inference_steps: int
 
@@ -59,6 +61,7 @@ class InstancePlan:
     Attributes:
         timesteps: As in `Schedule`.
         initial: As in `Schedule`.
+        init_noise_sigma: As in `Schedule`.
         renoise: As in `Schedule`.
         num_inference_steps: As in `Schedule`.
         recipe: How to make the scheduler.
@@ -66,6 +69,7 @@ class InstancePlan:
 
     timesteps: torch.Tensor
     initial: tuple[float, float]
+    init_noise_sigma: float
     renoise: torch.Tensor
     num_inference_steps: int
     recipe: "Recipe"
@@ -81,8 +85,7 @@ class Recipe:
 
     name: str
     base_config: Mapping[str, Any]
-    num_inference_steps: int
-    strength: float
+    steps: Steps
     eta: float
     seed: int
 
@@ -96,7 +99,7 @@ class InstanceState:
 
     def __init__(self, recipe: Recipe) -> None:
         scheduler = make_scheduler(recipe.name, recipe.base_config, seed=recipe.seed)
-        schedule = start_schedule(scheduler, recipe.num_inference_steps, recipe.strength)
+        schedule = start_schedule(scheduler, recipe.steps)
         self._scheduler = scheduler
         self._timesteps = schedule.timesteps
         self._eta = recipe.eta
@@ -126,58 +129,54 @@ class SchedulePlanner:
         self._unused: dict[str, SchedulerMixin] = {}
         self._cached = functools.lru_cache(maxsize=MAX_PLANS)(self._make)
 
-    def plan(
-        self, name: str, *, num_inference_steps: int, strength: float, eta: float, seed: int
-    ) -> Schedule | InstancePlan:
+    def plan(self, name: str, steps: Steps, *, eta: float, seed: int) -> Schedule | InstancePlan:
         """The schedule of one image.
 
         Args:
             name: One of `scheduler_names()`.
-            num_inference_steps: Steps before `strength`.
-            strength: Share of the schedule to run, in (0, 1].
+            steps: Which steps to take.
             eta: η, for the schedulers that stock gives it to.
             seed: The image's, for schedulers with noise of their own.
 
         Raises:
             InpaintError: `UNKNOWN_SCHEDULER`; `OUT_OF_RANGE` where no step is left to run
-                or the scheduler cannot run that many.
+                or the scheduler cannot take these.
         """
-        plan = self._cached(name, num_inference_steps, strength, eta if takes_eta(name) else 0.0)
+        plan = self._cached(name, steps, eta if takes_eta(name) else 0.0)
         if isinstance(plan, InstancePlan):
             return replace(plan, recipe=replace(plan.recipe, seed=seed))
         return plan
 
-    def _make(self, name: str, num_inference_steps: int, strength: float, eta: float) -> Schedule | InstancePlan:
-        if int(num_inference_steps * strength) < 1:
-            raise InpaintError(
-                ErrorCode.OUT_OF_RANGE, "num_inference_steps times strength must be at least 1.", field="strength"
-            )
+    def _make(self, name: str, steps: Steps, eta: float) -> Schedule | InstancePlan:
         with warnings.catch_warnings():  # diffusers and torchsde have their own, about what is stock's doing
             warnings.simplefilter("ignore")
             try:
-                schedule = start_schedule(self._new_scheduler(name), num_inference_steps, strength)
-            except ValueError as error:
-                raise InpaintError(
-                    ErrorCode.OUT_OF_RANGE,
-                    "This scheduler cannot run this many steps.",
-                    field="num_inference_steps",
-                ) from error
+                schedule = start_schedule(self._new_scheduler(name), steps)
+            except (ValueError, IndexError, AssertionError) as error:
+                raise _refused_steps(steps) from error
             try:
-                found = probe(schedule, is_pure_noise=strength == 1.0, eta=eta, max_history=MAX_HISTORY)
+                found = probe(schedule, is_pure_noise=steps.strength == 1.0, eta=eta, max_history=MAX_HISTORY)
             except (ValueError, NotImplementedError) as error:  # it cannot read what this UNet predicts
                 raise InpaintError(
                     ErrorCode.UNKNOWN_SCHEDULER, "This scheduler does not work with this model.", field="scheduler"
                 ) from error
         timesteps = schedule.timesteps.float()
         if found.recurrence is None:
-            recipe = Recipe(name, self._base_config, num_inference_steps, strength, eta, seed=0)
-            return InstancePlan(timesteps, found.initial, found.renoise, schedule.num_inference_steps, recipe)
+            return InstancePlan(
+                timesteps=timesteps,
+                initial=found.initial,
+                init_noise_sigma=found.init_noise_sigma,
+                renoise=found.renoise,
+                num_inference_steps=schedule.num_inference_steps,
+                recipe=Recipe(name, self._base_config, steps, eta, seed=0),
+            )
         return Schedule(
             timesteps=timesteps,
             input_scale=found.recurrence.input_scale.float(),
             transition=found.recurrence.transition.float(),
             draws_noise=found.recurrence.draws_noise,
             initial=found.initial,
+            init_noise_sigma=found.init_noise_sigma,
             renoise=found.renoise,
             num_inference_steps=schedule.num_inference_steps,
         )
@@ -187,3 +186,16 @@ class SchedulePlanner:
         if name not in self._unused:
             self._unused[name] = make_scheduler(name, self._base_config, seed=0)
         return copy.deepcopy(self._unused[name])
+
+
+def _refused_steps(steps: Steps) -> InpaintError:
+    """Why a scheduler did not take them, as far as a client can tell."""
+    for field, values in (("timesteps", steps.timesteps), ("sigmas", steps.sigmas)):
+        if values is not None:
+            return InpaintError(ErrorCode.OUT_OF_RANGE, f"This scheduler cannot take these {field}.", field=field)
+    if int(steps.num_inference_steps * steps.strength) < 1:
+        message = "num_inference_steps times strength must be at least 1."
+        return InpaintError(ErrorCode.OUT_OF_RANGE, message, field="strength")
+    return InpaintError(
+        ErrorCode.OUT_OF_RANGE, "This scheduler cannot run this many steps.", field="num_inference_steps"
+    )

@@ -39,7 +39,7 @@ the "parallel" twins of DDIM and DDPM, which step the same.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -172,6 +172,27 @@ def make_scheduler(name: str, base_config: Mapping[str, Any], *, seed: int) -> S
     if "noise_sampler_seed" in inspect.signature(kind.scheduler_class.__init__).parameters:
         settings["noise_sampler_seed"] = seed
     return kind.scheduler_class.from_config(config, **settings)
+
+
+def names_taking(argument: str, values: Sequence[float], base_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names whose scheduler takes a list in the place of its own schedule, found out by giving it one.
+
+    Args:
+        argument: "timesteps" or "sigmas", of `set_timesteps`.
+        values: A list that suits any scheduler.
+        base_config: Configuration of the checkpoint's own scheduler.
+    """
+    return tuple(name for name in _KINDS if _takes(name, argument, values, base_config))
+
+
+def _takes(name: str, argument: str, values: Sequence[float], base_config: Mapping[str, Any]) -> bool:
+    if argument not in inspect.signature(_KINDS[name].scheduler_class.set_timesteps).parameters:
+        return False
+    try:
+        make_scheduler(name, base_config, seed=0).set_timesteps(**{argument: list(values)}, device="cpu")
+    except ValueError:  # e.g. timesteps together with Karras' spacing
+        return False
+    return True
 
 
 def takes_eta(name: str) -> bool:

@@ -13,6 +13,21 @@ import torch
 from service.worker.sampler import InstancePlan, InstanceState, Schedule
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Estimate:
+    """What the latest step knew of the finished picture.
+
+    Attributes:
+        latents: (C, h, w) float32 before the step.
+        output: (C, h, w) float32, what the UNet said of them, guidance applied.
+        call: Which model call it was, from 0.
+    """
+
+    latents: torch.Tensor
+    output: torch.Tensor
+    call: int
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """One image being denoised.
@@ -22,31 +37,41 @@ class Slot:
         instance: Its own noise scheduler, where the schedule is no table.
         generator: Its CPU generator, already advanced past what `prepare` drew.
         state: (1 + K, C, h, w) float32: the latents, then the scheduler's history.
-        embeds: (1 or 2, T, D): the prompt's, after the negative prompt's when guided.
+        embeds: (T, D) of each UNet row: the prompt's, after the negative prompt's when guided.
         guidance_scale: Weight of the prompt; 1 when not guided.
+        timestep_cond: (E,) guidance scale as the UNet takes it, for UNets that do, else None.
         conditioning: (1 + C, h, w) mask and masked-image latents, for a 9-channel UNet.
         mask: (1, h, w) float32, for a 4-channel UNet, else None.
         image_latents: (C, h, w) float32, for a 4-channel UNet, else None.
         noise: (C, h, w) float32, the initial noise, for a 4-channel UNet, else None.
+        picture: (3, H, W) in [-1, 1], for decoders that look at it, else None.
+        picture_mask: (1, H, W), likewise.
         call: Model calls done.
         drawn: (C, h, w) noise drawn for the step at hand; kept so that a step that
             failed and is tried again uses the same.
         advanced: (C, h, w) latents that `instance` has already stepped to, kept likewise.
+        has_previews: Whether to keep `estimate`.
+        estimate: For a preview.
     """
 
     plan: Schedule | InstancePlan
     instance: InstanceState | None
     generator: torch.Generator
     state: torch.Tensor
-    embeds: torch.Tensor
+    embeds: tuple[torch.Tensor, ...]
     guidance_scale: float
+    timestep_cond: torch.Tensor | None
     conditioning: torch.Tensor | None
     mask: torch.Tensor | None
     image_latents: torch.Tensor | None
     noise: torch.Tensor | None
+    picture: torch.Tensor | None = None
+    picture_mask: torch.Tensor | None = None
     call: int = 0
     drawn: torch.Tensor | None = None
     advanced: torch.Tensor | None = None
+    has_previews: bool = False
+    estimate: Estimate | None = None
 
     @property
     def num_calls(self) -> int:
@@ -65,11 +90,13 @@ class SlotBatch:
 
     Attributes:
         slots: The images, in order.
-        embeds: (R, T, D).
+        embeds: (R, T, D), zeros after the end of a shorter one.
+        embeds_mask: (R, T), 1 for a token and 0 for what fills up; None where all are as long.
         image_of_row: (R,) which image a row belongs to.
         uncond_row: (N,) the row of the negative prompt; the same as `cond_row` when not guided.
         cond_row: (N,) the row of the prompt.
         guidance_scale: (N, 1, 1, 1) float32.
+        timestep_cond: (R, E), or None.
         conditioning: (R, 1 + C, h, w), or None.
         mask: (N, 1, h, w), or None.
         image_latents: (N, C, h, w), or None.
@@ -78,10 +105,12 @@ class SlotBatch:
 
     slots: tuple[Slot, ...]
     embeds: torch.Tensor
+    embeds_mask: torch.Tensor | None
     image_of_row: torch.Tensor
     uncond_row: torch.Tensor
     cond_row: torch.Tensor
     guidance_scale: torch.Tensor
+    timestep_cond: torch.Tensor | None
     conditioning: torch.Tensor | None
     mask: torch.Tensor | None
     image_latents: torch.Tensor | None
@@ -104,15 +133,17 @@ class SlotBatch:
             uncond_row.append(first_row)
             cond_row.append(len(image_of_row) - 1)
         rows = torch.tensor(image_of_row, device=device)
-        conditioning = _stack([slot.conditioning for slot in slots])
+        embeds, embeds_mask = _stack_embeds([embeds for slot in slots for embeds in slot.embeds])
         return cls(
             slots=tuple(slots),
-            embeds=torch.cat([slot.embeds for slot in slots]),
+            embeds=embeds,
+            embeds_mask=embeds_mask,
             image_of_row=rows,
             uncond_row=torch.tensor(uncond_row, device=device),
             cond_row=torch.tensor(cond_row, device=device),
             guidance_scale=torch.tensor([slot.guidance_scale for slot in slots], device=device).view(-1, 1, 1, 1),
-            conditioning=None if conditioning is None else conditioning[rows],
+            timestep_cond=_of_rows(_stack([slot.timestep_cond for slot in slots]), rows),
+            conditioning=_of_rows(_stack([slot.conditioning for slot in slots]), rows),
             mask=_stack([slot.mask for slot in slots]),
             image_latents=_stack([slot.image_latents for slot in slots]),
             noise=_stack([slot.noise for slot in slots]),
@@ -123,3 +154,20 @@ def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """Stack along a new first dimension; None when the model has no such input."""
     present = [tensor for tensor in tensors if tensor is not None]
     return torch.stack(present) if present else None
+
+
+def _of_rows(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    """What each image has, for each of its rows."""
+    return None if tensor is None else tensor[rows]
+
+
+def _stack_embeds(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(R, T, D) of embeddings of any length, and which of their tokens are real; None where all are."""
+    lengths = {len(tensor) for tensor in embeds}
+    if len(lengths) == 1:
+        return torch.stack(list(embeds)), None
+    stacked = torch.nn.utils.rnn.pad_sequence(list(embeds), batch_first=True)
+    mask = torch.zeros(stacked.shape[:2], dtype=stacked.dtype, device=stacked.device)
+    for row, tensor in enumerate(embeds):
+        mask[row, : len(tensor)] = 1
+    return stacked, mask

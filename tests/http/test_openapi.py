@@ -49,7 +49,9 @@ def test_form_has_files_bounds_defaults_and_descriptions(document: dict[str, Any
     form = body["content"]["multipart/form-data"]["schema"]
 
     assert body["required"] is True
-    assert form["required"] == ["image", "prompt"]
+    prompt, image = form["allOf"]
+    assert prompt["anyOf"] == [{"required": ["prompt"]}, {"required": ["prompt_embeds"]}]
+    assert image["anyOf"][0] == {"required": ["image"]}
     assert form["additionalProperties"] is False
     assert list(form["properties"]) == ["image", "mask", *InpaintFields.model_fields]
     assert form["properties"]["image"]["format"] == form["properties"]["mask"]["format"] == "binary"
@@ -66,7 +68,7 @@ def test_answers_have_their_true_content_types(document: dict[str, Any]) -> None
     """Images, JSON and events for success, problem documents for every failure."""
     responses = document["paths"]["/v1/inpaint"]["post"]["responses"]
 
-    success = {"image/png", "image/jpeg", "image/webp", "application/json", "text/event-stream"}
+    success = {"image/png", "image/jpeg", "image/webp", "application/x-npy", "application/json", "text/event-stream"}
     assert set(responses["200"]["content"]) == success
     failures = {status: response for status, response in responses.items() if status != "200"}
     assert set(failures) == {

@@ -20,10 +20,12 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import retrieve_timesteps
 
 from service.errors import ErrorCode, InpaintError
+from service.worker.probe import Steps
 from service.worker.sampler import MAX_HISTORY, InstancePlan, Schedule, SchedulePlanner
-from service.worker.schedulers import make_scheduler, scheduler_names, takes_eta
+from service.worker.schedulers import make_scheduler, names_taking, scheduler_names, takes_eta
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # diffusers with numpy 2
@@ -69,6 +71,8 @@ class Case:
     eta: float = 0.0
     seed: int = 3
     is_plain_unet: bool = False
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
 
     @property
     def start(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,9 +107,9 @@ def run_stock(case: Case, base: SchedulerMixin) -> Outcome:
     scheduler = copy.deepcopy(_unused_scheduler(case.name, base))
     image, noise, mask = case.start
     generator = torch.Generator().manual_seed(case.seed)
-    scheduler.set_timesteps(case.steps)
-    num_left = min(int(case.steps * case.strength), case.steps)
-    begin = (case.steps - num_left) * scheduler.order
+    _, num_steps = retrieve_timesteps(scheduler, case.steps, "cpu", case.timesteps, case.sigmas)
+    num_left = min(int(num_steps * case.strength), num_steps)
+    begin = (num_steps - num_left) * scheduler.order
     timesteps = scheduler.timesteps[begin:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
@@ -154,7 +158,8 @@ def run_plan(case: Case, plan: Schedule | InstancePlan) -> Outcome:
 
 
 def plan_of(planner: SchedulePlanner, case: Case) -> Schedule | InstancePlan:
-    return planner.plan(case.name, num_inference_steps=case.steps, strength=case.strength, eta=case.eta, seed=case.seed)
+    steps = Steps(case.steps, case.strength, case.timesteps, case.sigmas)
+    return planner.plan(case.name, steps, eta=case.eta, seed=case.seed)
 
 
 def assert_equals_stock(case: Case, planner: SchedulePlanner, base: SchedulerMixin, *, is_exact: bool = False) -> None:
@@ -314,7 +319,7 @@ def test_more_history_than_tables_hold_is_exact() -> None:
 def test_noise_of_its_own_follows_the_seed(planner: SchedulePlanner) -> None:
     """A scheduler that ignores the generator is seeded by the image's seed: same seed, same latents."""
     case = Case("dpmpp_sde")
-    plans = [planner.plan("dpmpp_sde", num_inference_steps=5, strength=1.0, eta=0.0, seed=seed) for seed in (7, 8, 7)]
+    plans = [planner.plan("dpmpp_sde", Steps(5, 1.0), eta=0.0, seed=seed) for seed in (7, 8, 7)]
     first, second, third = (run_plan(case, plan).latents for plan in plans)
     assert torch.equal(first, third)
     assert not torch.allclose(first, second)
@@ -384,11 +389,11 @@ def test_planning_is_silent(base: SchedulerMixin) -> None:
 
 def test_plans_are_kept(planner: SchedulePlanner) -> None:
     """A schedule is worked out once for all seeds, and once for all η where the scheduler takes none."""
-    first = planner.plan("unipc", num_inference_steps=6, strength=1.0, eta=0.0, seed=1)
-    assert planner.plan("unipc", num_inference_steps=6, strength=1.0, eta=0.5, seed=2) is first
-    assert planner.plan("unipc", num_inference_steps=6, strength=0.9, eta=0.0, seed=1) is not first
-    ddim_plan = planner.plan("ddim", num_inference_steps=6, strength=1.0, eta=0.0, seed=1)
-    assert planner.plan("ddim", num_inference_steps=6, strength=1.0, eta=0.5, seed=1) is not ddim_plan
+    first = planner.plan("unipc", Steps(6, 1.0), eta=0.0, seed=1)
+    assert planner.plan("unipc", Steps(6, 1.0), eta=0.5, seed=2) is first
+    assert planner.plan("unipc", Steps(6, 0.9), eta=0.0, seed=1) is not first
+    ddim_plan = planner.plan("ddim", Steps(6, 1.0), eta=0.0, seed=1)
+    assert planner.plan("ddim", Steps(6, 1.0), eta=0.5, seed=1) is not ddim_plan
 
 
 def test_plan_does_not_depend_on_earlier_plans() -> None:
@@ -420,6 +425,34 @@ def test_what_cannot_run_is_the_clients_error(case: Case, code: ErrorCode, plann
     with pytest.raises(InpaintError) as refusal:
         plan_of(planner, case)
     assert refusal.value.code is code
+
+
+TIMESTEPS = (981, 800, 633, 400, 250, 100, 21)
+SIGMAS = (14.0, 8.5, 4.2, 2.0, 1.1, 0.4, 0.05)
+
+
+@pytest.mark.parametrize(("argument", "values"), [("timesteps", TIMESTEPS), ("sigmas", SIGMAS)])
+def test_given_lists_replace_the_schedule(argument: str, values: tuple[Any, ...], planner: SchedulePlanner) -> None:
+    """`timesteps` and `sigmas` lead through stock's latents, at any strength, where a scheduler takes them."""
+    base = ddim()
+    names = names_taking(argument, values, {**base.config, "_class_name": "DDIMScheduler"})
+    assert {"timesteps": {"euler", "heun", "ddpm", "dpmpp_2m", "lcm"}, "sigmas": {"euler"}}[argument] <= set(names)
+    for name in names:
+        for strength in (1.0, 0.8):
+            assert_equals_stock(Case(name, strength=strength, **{argument: values}), planner, base)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("ddim", "timesteps"), ("euler_karras", "timesteps"), ("ddim", "sigmas"), ("unipc", "sigmas")],
+)
+def test_lists_that_a_scheduler_does_not_take(name: str, argument: str, planner: SchedulePlanner) -> None:
+    """They are the client's error, and the field at fault is named."""
+    base = ddim()
+    assert name not in names_taking(argument, TIMESTEPS, {**base.config, "_class_name": "DDIMScheduler"})
+    with pytest.raises(InpaintError) as refusal:
+        plan_of(planner, Case(name, **{argument: TIMESTEPS}))
+    assert (refusal.value.code, refusal.value.field) == (ErrorCode.OUT_OF_RANGE, argument)
 
 
 def test_number_of_steps_is_counted_as_users_do(planner: SchedulePlanner) -> None:

@@ -26,6 +26,7 @@ from diffusers import (
 
 from service.errors import ErrorCode, InpaintError, StartupError
 from service.worker import schedulers
+from service.worker.probe import Steps
 from service.worker.sampler import MAX_HISTORY, InstancePlan, Schedule, SchedulePlanner
 from service.worker.schedulers import make_scheduler, scheduler_names, short_name, takes_eta
 
@@ -282,7 +283,7 @@ def test_schedule_replays_the_stock_pipeline(
             output_type="latent",
         ).images
 
-    plan = planner.plan(name, num_inference_steps=steps, strength=strength, eta=0.3, seed=SEED)
+    plan = planner.plan(name, Steps(steps, strength), eta=0.3, seed=SEED)
     assert plan.timesteps.tolist() == pytest.approx(stock.timesteps)
     latents, noise, image = (*stock.start, None) if len(stock.start) == 2 else stock.start
     start = plan.initial[1] * noise + (plan.initial[0] * image if image is not None else 0.0)
