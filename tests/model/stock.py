@@ -1,6 +1,9 @@
 """The reference: `StableDiffusionInpaintPipeline` run alone on one request."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,8 +11,10 @@ from diffusers import StableDiffusionInpaintPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.request import InpaintRequest
+from service.request import Floats, InpaintRequest, LoraUse
 from service.worker.schedulers import make_scheduler
+
+OUTPUT_TYPES = {"pixels": "pil", "floats": "np", "latents": "latent"}
 
 
 class Stock:
@@ -17,39 +22,98 @@ class Stock:
 
     Args:
         folder: The checkpoint.
+        embeddings: Textual inversions to load.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, embeddings: Sequence[Path] = ()) -> None:
         self.pipeline = StableDiffusionInpaintPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self._scheduler_config = self.pipeline.scheduler.config
         # Stock's clip_skip looks for `text_encoder.text_model`, which transformers 5.6 removed.
         encoder = self.pipeline.text_encoder
         encoder.__dict__.setdefault("text_model", encoder)
+        for path in embeddings:
+            self.pipeline.load_textual_inversion(path.parent, weight_name=path.name)
+        self._adapters: dict[tuple[str, str], str] = {}
 
-    def __call__(self, request: InpaintRequest) -> tuple[NDArray[np.uint8], list[bool]]:
-        """(n, H, W, 3) uint8 pictures and flags of one request run alone."""
-        params = request.params
+    def __call__(self, request: InpaintRequest, **changes: Any) -> tuple[NDArray[Any], list[bool]]:
+        """What one request gives when it is run alone.
+
+        Args:
+            request: At working size.
+            changes: Arguments of the pipeline's call in the place of the request's own.
+
+        Returns:
+            (n, H, W, 3) uint8 pictures, or floats or latents as the request asks; and the safety checker's flags.
+        """
+        params, tensors = request.params, request.tensors
         self.pipeline.scheduler = make_scheduler(params.scheduler, self._scheduler_config, seed=params.seed)
         seeds = [params.seed + index for index in range(params.num_images_per_prompt)]
         if hasattr(self.pipeline.scheduler, "noise_sampler_seed"):
             # Its Brownian noise ignores the generators; a list gives each image of a batch its own, too.
             self.pipeline.scheduler.noise_sampler_seed = seeds
-        with torch.inference_mode():
-            output = self.pipeline(
-                prompt=params.prompt,
-                negative_prompt=params.negative_prompt,
-                image=Image.fromarray(request.image),
-                mask_image=Image.fromarray(request.mask),
-                height=params.height,
-                width=params.width,
-                num_inference_steps=params.num_inference_steps,
-                guidance_scale=params.guidance_scale,
-                strength=params.strength,
-                num_images_per_prompt=params.num_images_per_prompt,
-                eta=params.eta,
-                clip_skip=params.clip_skip or None,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            )
-        flags = output.nsfw_content_detected or [False] * len(output.images)
+        self._set_loras(params.loras)
+        if params.freeu is not None:
+            freeu = params.freeu
+            self.pipeline.enable_freeu(s1=freeu.s1, s2=freeu.s2, b1=freeu.b1, b2=freeu.b2)
+        latents_of_image = _tensor(tensors.image_latents)
+        arguments: dict[str, Any] = {
+            "prompt": params.prompt if tensors.prompt_embeds is None else None,
+            "prompt_embeds": _batched(tensors.prompt_embeds),
+            "negative_prompt": params.negative_prompt if tensors.negative_prompt_embeds is None else None,
+            "negative_prompt_embeds": _batched(tensors.negative_prompt_embeds),
+            "image": Image.fromarray(request.image) if latents_of_image is None else latents_of_image,
+            "mask_image": Image.fromarray(request.mask),
+            "latents": _tensor(tensors.latents),
+            "masked_image_latents": _tensor(tensors.masked_image_latents),
+            "height": params.height,
+            "width": params.width,
+            "num_inference_steps": params.num_inference_steps,
+            "timesteps": None if params.timesteps is None else list(params.timesteps),
+            "sigmas": None if params.sigmas is None else list(params.sigmas),
+            "guidance_scale": params.guidance_scale,
+            "strength": params.strength,
+            "num_images_per_prompt": params.num_images_per_prompt,
+            "eta": params.eta,
+            "clip_skip": params.clip_skip or None,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "output_type": OUTPUT_TYPES[params.output],
+        }
+        try:
+            with torch.inference_mode():
+                output = self.pipeline(**{**arguments, **changes})
+        finally:
+            self.pipeline.disable_freeu()
+        flags = output.nsfw_content_detected or [False] * params.num_images_per_prompt
+        if isinstance(output.images, torch.Tensor):
+            return output.images.numpy(), flags
         return np.stack([np.asarray(image) for image in output.images]), flags
+
+    def _set_loras(self, loras: Sequence[LoraUse]) -> None:
+        """`load_lora_weights` for each new file, then `set_adapters`."""
+        if not loras:
+            if self._adapters:
+                self.pipeline.disable_lora()
+            return
+        for lora in loras:
+            if (lora.path, lora.version) not in self._adapters:
+                name = f"adapter_{len(self._adapters)}"
+                path = Path(lora.path)
+                self.pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+                self._adapters[lora.path, lora.version] = name
+        self.pipeline.enable_lora()
+        names = [self._adapters[lora.path, lora.version] for lora in loras]
+        self.pipeline.set_adapters(names, [_weights(lora) for lora in loras])
+
+
+def _weights(lora: LoraUse) -> dict[str, Any]:
+    unet = json.loads(lora.block_scales) if lora.block_scales else lora.unet_scale
+    return {"unet": unet, "text_encoder": lora.text_encoder_scale}
+
+
+def _tensor(array: Floats | None) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array.copy())
+
+
+def _batched(embeds: Floats | None) -> torch.Tensor | None:
+    return None if embeds is None else torch.from_numpy(embeds.copy())[None]
