@@ -7,8 +7,8 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from service.errors import InpaintError
-from service.messages import Command, Report
+from service.errors import ErrorCode, InpaintError
+from service.messages import Command, LoraInfo, Report
 from service.request import InpaintParams, InpaintRequest
 from service.worker.batcher import Batcher, Generation
 from service.worker.loop import Finish, Worker
@@ -65,6 +65,20 @@ class FakePipeline:
             Finish(np.stack([generation.request.image] * generation.num_images), (False,) * generation.num_images, 0, 0)
             for generation in generations
         ]
+
+    def preview(self, generations: Sequence[Generation]) -> list[np.ndarray | None]:
+        """The request's own picture; nothing of those whose prompt says so."""
+        self._enter("preview", generations)
+        return [
+            None if "flagged" in generation.request.params.prompt else generation.request.image
+            for generation in generations
+        ]
+
+    def inspect_lora(self, path: str) -> LoraInfo:
+        """A LoRA, unless the path says otherwise."""
+        if "other" in path:
+            raise InpaintError(ErrorCode.INVALID_LORA, "This LoRA does not fit the served model.")
+        return LoraInfo(rank=4, num_unet_layers=2, num_text_encoder_layers=1)
 
     def memory_bytes(self) -> dict[str, int]:
         """None on a CPU."""

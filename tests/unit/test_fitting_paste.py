@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from service.fitting import (
     Fitted,
@@ -17,6 +17,7 @@ from service.fitting import (
     opaque_where_painted,
     overlay,
     paste_back,
+    paste_back_floats,
     result_size,
 )
 from service.imaging import decode_upload, encode_image, shape_mask
@@ -179,3 +180,26 @@ def test_black_pictures_have_the_size_of_the_result() -> None:
     assert result_size(cropped, composite=False) == Size(427, 640)
     black = black_picture(plain, composite=False)
     assert (black.shape, black.dtype, black.max()) == ((128, 192, 3), np.uint8, 0)
+
+
+# --- floats ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feather", [False, True])
+@pytest.mark.parametrize("size", [(256, 256), (427, 640), (100, 90)])
+def test_floats_are_pasted_as_pixels_are(size: tuple[int, int], feather: bool) -> None:
+    """Outside the mask exactly the upload's levels over 255; inside what `paste_back` gives, but for its rounding."""
+    height, width = size
+    image = noise(height, width)
+    mask = shape_mask(
+        circle_mask(height, width, (height // 2, width // 2), min(size) // 4), invert=False, grow=0, blur=4 * feather
+    )
+    placement = fitted(image, mask).placement
+    # Smooth, as pictures are: of noise, a resize in levels cuts off what goes beyond black and white half-way.
+    painted = np.asarray(Image.fromarray(painted_for(placement)).filter(ImageFilter.GaussianBlur(6)))
+    pixels = paste_back(image, mask, placement, painted, feather=feather)
+    floats = paste_back_floats(image, mask, placement, painted.astype(np.float32) / 255, feather=feather)
+    assert floats.dtype == np.float32
+    assert np.array_equal(floats[mask == 0], (image.astype(np.float32) / np.float32(255))[mask == 0])
+    assert np.abs(floats * 255 - pixels).max() <= 2  # Pillow rounds after each direction of a resize, and in a blend.
+    assert 0 <= floats.min() <= floats.max() <= 1

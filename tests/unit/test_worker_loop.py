@@ -1,12 +1,26 @@
 """The worker's loop: join and leave at step boundaries, exactly one answer each, neighbours unharmed."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from service.errors import ErrorCode, InpaintError
-from service.messages import Cancel, Drain, Failed, Finished, Ping, Pong, Report, Submit, Ticked
+from service.messages import (
+    Cancel,
+    Drain,
+    Failed,
+    Finished,
+    InspectLora,
+    LoraInspected,
+    Ping,
+    Pong,
+    Report,
+    Submit,
+    Ticked,
+)
+from service.request import FreeU, LoraUse
 from service.worker.batcher import Generation
 from service.worker.faults import BatchTooLarge, DeviceLost
 from tests.unit.fake_pipeline import DrivenWorker, FakePipeline, make_request
@@ -189,3 +203,79 @@ def test_worker_ends_when_the_service_is_gone() -> None:
     worker._thread.join(10)
     assert not worker._thread.is_alive()
     assert worker.error is None
+
+
+# --- previews and LoRAs -----------------------------------------------------------------
+
+
+def previews(reports: list[Report]) -> dict[str, list[int]]:
+    """Steps after which each request had a preview."""
+    found: dict[str, list[int]] = {}
+    for tick in ticks(reports):
+        for progress in tick.progress:
+            if progress.preview is not None:
+                found.setdefault(progress.request_id, []).append(progress.step)
+    return found
+
+
+def test_previews_are_few_and_only_of_those_who_ask() -> None:
+    """At most ten of a request, evenly spread; none after the first step, which knows nothing, or after the last."""
+    reports = run(
+        DrivenWorker(FakePipeline()),
+        Submit("long", make_request(num_inference_steps=50, previews=True)),
+        Submit("short", make_request(num_inference_steps=5, previews=True)),
+        Submit("silent", make_request(num_inference_steps=50)),
+    )
+    assert previews(reports) == {"long": [5, 10, 15, 20, 25, 30, 35, 40, 45], "short": [2, 3, 4]}
+
+
+def test_flagged_preview_is_left_out() -> None:
+    """What the checker does not pass is not shown; the neighbour's preview is."""
+    reports = run(
+        DrivenWorker(FakePipeline()),
+        Submit("a", make_request("flagged", previews=True)),
+        Submit("b", make_request(previews=True)),
+    )
+    assert set(previews(reports)) == {"b"}
+
+
+def test_preview_that_fails_costs_no_request() -> None:
+    """Whatever goes wrong with a preview, the pictures are finished."""
+    pipeline = FakePipeline(lambda stage, _: BatchTooLarge() if stage == "preview" else None)
+    worker = DrivenWorker(pipeline)
+    reports = run(worker, Submit("a", make_request(previews=True)), Submit("b", make_request(previews=True)))
+    assert all(isinstance(answer, Finished) for answer in answers(reports).values())
+    assert not previews(reports)
+    assert worker.batcher.max_images == 4
+
+
+def test_different_weights_do_not_share_a_step() -> None:
+    """LoRAs and FreeU change the model: requests with other ones take turns, those with the same share."""
+    lora = LoraUse("pencil", "pencil.safetensors", "1", 1.0, 1.0)
+    pipeline = FakePipeline()
+    run(
+        DrivenWorker(pipeline, max_images=8),
+        Submit("plain", make_request()),
+        Submit("pencil", make_request(loras=(lora,))),
+        Submit("pencil too", make_request(loras=(lora,), seed=2)),
+        Submit("weaker", make_request(loras=(dataclasses.replace(lora, unet_scale=0.5),))),
+        Submit("newer", make_request(loras=(dataclasses.replace(lora, version="2"),))),
+        Submit("freeu", make_request(freeu=FreeU(0.9, 0.2, 1.2, 1.4))),
+    )
+    steps = {tuple(ids) for stage, ids in pipeline.calls if stage == "step"}
+    assert steps == {("plain",), ("pencil", "pencil too"), ("weaker",), ("newer",), ("freeu",)}
+
+
+def test_lora_is_inspected_between_steps() -> None:
+    """The worker says what a file is, or why not, without a word to running requests."""
+    reports = run(
+        DrivenWorker(FakePipeline()),
+        Submit("a", make_request()),
+        InspectLora(1, "good.safetensors"),
+        InspectLora(2, "other.safetensors"),
+    )
+    inspected = {report.number: report for report in reports if isinstance(report, LoraInspected)}
+    assert inspected[1].info is not None
+    assert (inspected[1].info.rank, inspected[1].refusal) == (4, None)
+    assert (inspected[2].info, inspected[2].refusal) == (None, "This LoRA does not fit the served model.")
+    assert isinstance(answers(reports)["a"], Finished)
