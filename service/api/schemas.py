@@ -134,6 +134,13 @@ class WorkingSize(BaseModel):
     width: int
 
 
+class ModelAdapter(BaseModel):
+    """An adapter that requests can name."""
+
+    name: str
+    kind: Literal["lora"] = "lora"
+
+
 class ServedModel(BaseModel):
     """The served model: OpenAI's fields, and ours."""
 
@@ -150,6 +157,7 @@ class ServedModel(BaseModel):
     default_steps: int
     has_safety_checker: bool
     nsfw_policy: str
+    adapters: list[ModelAdapter]
     limits: ModelLimits
     workers: list[ModelWorker]
 
@@ -159,6 +167,35 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
+
+
+class Adapter(BaseModel):
+    """An adapter's file."""
+
+    name: str
+    kind: Literal["lora"] = "lora"
+    num_bytes: int
+    modified: int = Field(description="Unix time.")
+    is_writable: bool = Field(description="False for those that ship with the service.")
+
+
+class AdapterList(BaseModel):
+    """All of them, by name."""
+
+    object: Literal["list"] = "list"
+    data: list[Adapter]
+
+
+class StoredAdapter(BaseModel):
+    """An adapter that was uploaded, as the model takes it."""
+
+    name: str
+    kind: Literal["lora"] = "lora"
+    num_bytes: int
+    modified: int = Field(description="Unix time.")
+    rank: int = Field(description="Largest rank of its matrices.")
+    num_unet_layers: int
+    num_text_encoder_layers: int
 
 
 class Health(BaseModel):
