@@ -267,8 +267,8 @@ class Engine:
     def worker_lost(self, worker: Worker, load: Load) -> None:
         """A ready worker is gone."""
         self._metrics.worker_up(worker.name, is_up=False)
-        self._inspections.worker_lost(worker)
-        self._router.worker_lost(worker, load)
+        was_inspecting = self._inspections.worker_lost(worker)
+        self._router.worker_lost(worker, load, are_suspect=not was_inspecting)
 
     def worker_never_ready(self, worker: Worker, reason: str) -> None:
         """A worker could not load; when none ever could, the service has failed."""

@@ -1,7 +1,6 @@
 """Asking a worker whether a file would serve as a LoRA: only who holds the model can tell."""
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -10,8 +9,6 @@ from pathlib import Path
 from service.engine.supervisor import Worker
 from service.errors import ErrorCode, InpaintError
 from service.messages import InspectLora, LoraInfo, LoraInspected
-
-logger = logging.getLogger(__name__)
 
 # As for a request: a file that loses a second worker may be why.
 _MAX_TRIES = 2
@@ -93,8 +90,13 @@ class Inspections:
         if pending is not None and pending.worker is worker and not pending.answer.done():
             pending.answer.set_result(inspected)
 
-    def worker_lost(self, worker: Worker) -> None:
-        """A worker will not answer any more."""
-        for pending in self._pending.values():
-            if pending.worker is worker and not pending.answer.done():
-                pending.answer.set_result(None)
+    def worker_lost(self, worker: Worker) -> bool:
+        """A worker will not answer any more; returns whether it had anything to answer."""
+        unanswered = [
+            pending.answer
+            for pending in self._pending.values()
+            if pending.worker is worker and not pending.answer.done()
+        ]
+        for answer in unanswered:
+            answer.set_result(None)
+        return bool(unanswered)
