@@ -120,6 +120,11 @@ class Settings(BaseModel):
         return int(self.max_body_mib * 1024 * 1024)
 
     @property
+    def max_adapter_bytes(self) -> int:
+        """`max_adapter_mib` in bytes."""
+        return int(self.max_adapter_mib * 1024 * 1024)
+
+    @property
     def is_bundled_model(self) -> bool:
         """Whether the model that ships with the package is served."""
         return self.model == BUNDLED_MODEL

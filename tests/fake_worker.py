@@ -10,6 +10,13 @@ knows what the right answer is. A word in the prompt makes a request misbehave:
     nsfw    flagged, and black
     hold    its last step is not done before the file named by `gate` exists
 
+Words in a LoRA's header (its metadata, or names of tensors) do the same while it is inspected:
+
+    refuse  it is refused
+    crash   the process kills itself; with `"crash": PATH` in the metadata only if there is no such file yet
+    hang    the process stops looking at its pipe
+    hold    it is not answered before the file named by `gate` exists
+
 `Settings.model` carries the worker's own behaviour, as a query: `fake?name=value&…`
 
     step_seconds=0.002   duration of a step
@@ -26,6 +33,7 @@ knows what the right answer is. A word in the prompt makes a request misbehave:
 
 import dataclasses
 import hashlib
+import json
 import os
 import signal
 import time
@@ -45,7 +53,10 @@ from service.messages import (
     EmbeddingInfo,
     Failed,
     Finished,
+    InspectLora,
     Loading,
+    LoraInfo,
+    LoraInspected,
     ModelInfo,
     Ping,
     Pong,
@@ -218,11 +229,39 @@ class FakeWorker:
                     self.cancel(request_id)
                 case Ping(number):
                     self.connection.send(Pong(number))
+                case InspectLora(number, path):
+                    self.connection.send(self.inspect(number, Path(path)))
                 case Drain():
                     self.is_draining = True
             if self.is_draining and not (self.waiting or self.running):
                 return False
         return True
+
+    def inspect(self, number: int, path: Path) -> LoraInspected:
+        """Judge a LoRA by the words in its header."""
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = header.pop("__metadata__", {})
+        words = " ".join([*metadata, *header])
+        if "refuse" in words:
+            return LoraInspected(number, None, "The LoRA is for another model.")
+        if "hang" in words:
+            time.sleep(3600)
+        if "crash" in words:
+            self.crash_on(metadata.get("crash", ""))
+        while "hold" in words and not Path(self.options.gate).exists():
+            time.sleep(0.01)
+        ranks = [tensor["shape"][0] for tensor in header.values()]
+        num_unet_layers = sum(name.startswith("unet.") for name in header)
+        return LoraInspected(number, LoraInfo(max(ranks), num_unet_layers, len(header) - num_unet_layers), None)
+
+    def crash_on(self, once_file: str) -> None:
+        """Die, unless another worker has died of the same file."""
+        if once_file and Path(once_file).exists():
+            return
+        if once_file:
+            Path(once_file).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request."""

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from service.api import docs, inpaint, ops
+from service.api import adapters, docs, inpaint, ops
 from service.api.access_log import AccessLog
 from service.api.gate import Gate
 from service.api.openapi import TITLE, openapi_document
@@ -23,6 +23,7 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 MAX_PICTURE_THREADS = 8
+MAX_ADAPTER_UPLOADS = 4
 
 
 def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
@@ -53,10 +54,12 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         metrics=metrics,
         executor=ThreadPoolExecutor(min(MAX_PICTURE_THREADS, usable_cores() + 1), thread_name_prefix="pictures"),
         intake=Intake(settings.queue_size, metrics),
+        uploads=Intake(MAX_ADAPTER_UPLOADS, metrics),
         created=int(time.time()),
     )
     inpaint.add_routes(app)
     ops.add_routes(app, with_metrics=settings.metrics_port is None)
+    adapters.add_routes(app)
     docs.add_routes(app)
     app.add_middleware(Gate, settings=settings, engine=engine)
     app.add_middleware(AccessLog, metrics=metrics)  # The last one is the outermost.

@@ -5,15 +5,25 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
-from service.api.json_text import read_json
+from service.api.json_text import fault, read_json
+from service.api.loras import LORAS_SCHEMA, LoraChoice, parse_loras
 from service.errors import ErrorCode
 from service.fitting import Size
 from service.imaging import OutputFormat
 from service.messages import ModelInfo
-from service.request import Batching, FreeU, InpaintParams, Output, PromptSyntax
+from service.request import Batching, FreeU, InpaintParams, LoraUse, Output, PromptSyntax
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_STEPS = 150
@@ -36,11 +46,6 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 # More digits than any bound has: not worth converting.
 _MAX_DIGITS = 40
-
-
-def fault(code: ErrorCode, message: str) -> PydanticCustomError:
-    """What a validator raises; the code is the error's type."""
-    return PydanticCustomError(code.value, message)
 
 
 def _integer(value: object) -> object:
@@ -88,6 +93,10 @@ def _require_words(value: str) -> str:
 
 def _json(value: object) -> object:
     return read_json(value) if isinstance(value, str) else value
+
+
+def _loras(value: object) -> object:
+    return parse_loras(value) if isinstance(value, str) else value
 
 
 def _whole_number(value: object) -> object:
@@ -155,6 +164,7 @@ class FreeUFactors(BaseModel):
     b2: FreeUFactor
 
 
+Loras = Annotated[tuple[LoraChoice, ...], PlainValidator(_loras), WithJsonSchema(LORAS_SCHEMA)]
 FreeUField = Annotated[FreeUFactors, BeforeValidator(_json)]
 
 
@@ -219,6 +229,11 @@ class InpaintFields(BaseModel):
     )
     clip_skip: Integer = Field(
         0, ge=0, le=MAX_CLIP_SKIP, description="Text-encoder layers to skip; positive prompt only."
+    )
+    loras: Loras = Field(
+        (),
+        description='LoRAs, as JSON: `[{"name": "pencil", "scale": 0.8}]`, of those in `/v1/adapters`. A scale may be '
+        'an object: `{"unet": 0.8, "text_encoder": 0.5}`, and that of the UNet one by block, as in `set_adapters`.',
     )
     freeu: FreeUField | None = Field(
         None, description='FreeU, as JSON: `{"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}` for Stable Diffusion 1.x.'
@@ -297,13 +312,14 @@ class InpaintFields(BaseModel):
             raise fault(ErrorCode.OUT_OF_RANGE, f"Input should be from {min_side} to {max_side}")
         return side
 
-    def params(self, model: ModelInfo, working: Size, seed: int) -> InpaintParams:
+    def params(self, model: ModelInfo, working: Size, seed: int, loras: tuple[LoraUse, ...]) -> InpaintParams:
         """The parameters with every default filled in.
 
         Args:
             model: The served model.
             working: The working size.
             seed: Used when the client named none.
+            loras: The files that `loras` names.
         """
         return InpaintParams(
             prompt=self.prompt or "",
@@ -322,6 +338,7 @@ class InpaintFields(BaseModel):
             prompt_syntax=self.prompt_syntax,
             timesteps=self.timesteps,
             sigmas=self.sigmas,
+            loras=loras,
             freeu=None if self.freeu is None else FreeU(**self.freeu.model_dump()),
             embeds_guidance=model.embeds_guidance,
             output=_OUTPUTS.get(self.output_format, "pixels"),

@@ -5,6 +5,7 @@ nothing of it has been read when a request is refused.
 """
 
 import hmac
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,8 +25,11 @@ MAX_HEADERS = 100
 # For load balancers and process managers, which hold no keys.
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
+ADAPTERS_PATH = "/v1/adapters"
+"""What is below it, administrators alone may see and change; the list itself is for everyone with a key."""
+
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-_CORS_METHODS = "GET, POST, DELETE"
+_CORS_METHODS = "GET, POST, PUT, DELETE"
 _CORS_HEADERS = "Authorization, Content-Type, Idempotency-Key, Prefer, X-API-Key, X-Request-Id"
 _CORS_EXPOSED = "Retry-After, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, X-Should-Retry"
 _CORS_MAX_AGE_SECONDS = 600
@@ -43,9 +47,11 @@ class Gate:
     def __init__(self, app: ASGIApp, settings: Settings, engine: Engine) -> None:
         self._app = app
         self._engine = engine
-        self._keys = tuple(key.encode() for key in settings.api_keys)
+        self._client_keys = tuple(key.encode() for key in settings.api_keys)
+        self._admin_keys = tuple(key.encode() for key in settings.admin_keys)
         self._origins = frozenset(_normal_origin(origin) for origin in settings.cors_origins)
         self._max_body_bytes = settings.max_body_bytes
+        self._max_adapter_bytes = settings.max_adapter_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request pass, or answer it."""
@@ -63,13 +69,14 @@ class Gate:
                 await _preflight_response()(scope, receive, send)
                 return
             self._check_origin(scope["method"], headers, is_allowed_origin)
-            self._check_key(scope["path"], headers)
-            self._check_body(headers)
+            self._check_key(scope["method"], scope["path"], headers)
+            max_body_bytes = self._max_bytes(scope["method"], scope["path"])
+            self._check_body(headers, max_body_bytes)
             self._check_draining(scope["method"])
         except InpaintError as error:
             await problem_response(error, Request(scope))(scope, receive, send)
             return
-        guard = BodyGuard(receive, self._max_body_bytes, lambda: self._engine.is_draining)
+        guard = BodyGuard(receive, max_body_bytes, lambda: self._engine.is_draining)
         await self._app(scope, guard.receive, send)
 
     # --- checks ---------------------------------------------------------------
@@ -100,27 +107,37 @@ class Gate:
         if is_cross:
             raise InpaintError(ErrorCode.CROSS_ORIGIN, "Pages of this origin may not call the service.")
 
-    def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._keys or path in OPEN_PATHS:
+    def _check_key(self, method: str, path: str, headers: Headers) -> None:
+        """Who may do this; an administrator may do all that a client may."""
+        is_for_admins = _is_for_admins(method, path)
+        if is_for_admins and not self._admin_keys:
+            raise InpaintError(ErrorCode.FORBIDDEN, "No administrator key is set.")
+        if not is_for_admins and (not self._client_keys or path in OPEN_PATHS):
             return
         scheme, _, token = headers.get("Authorization", "").partition(" ")
         sent = token.strip() if scheme.lower() == "bearer" else headers.get("X-API-Key", "")
-        # All keys are compared, each in constant time: how long it takes says nothing about them.
-        matches = [hmac.compare_digest(sent.encode("latin-1"), key) for key in self._keys]
-        if not any(matches):
+        is_client, is_admin = _is_one_of(sent, self._client_keys), _is_one_of(sent, self._admin_keys)
+        if not (is_client or is_admin):
             raise InpaintError(
                 ErrorCode.UNAUTHORIZED, "Send a valid API key as 'Authorization: Bearer …' or X-API-Key."
             )
+        if is_for_admins and not is_admin:
+            raise InpaintError(ErrorCode.FORBIDDEN, "This takes an administrator's key.")
 
-    def _check_body(self, headers: Headers) -> None:
+    def _max_bytes(self, method: str, path: str) -> int:
+        """The largest body; asked once it is known that an administrator sends what only those may."""
+        is_upload = method == "PUT" and _is_for_admins(method, path)
+        return self._max_adapter_bytes if is_upload else self._max_body_bytes
+
+    def _check_body(self, headers: Headers, max_bytes: int) -> None:
         encodings = {part.strip().lower() for part in ",".join(headers.getlist("Content-Encoding")).split(",")}
         if encodings - {"", "identity"}:
             raise InpaintError(ErrorCode.UNSUPPORTED_MEDIA, "Send the body without a Content-Encoding.")
         declared = headers.get("Content-Length", "0")
         if not declared.isdecimal():
             raise InpaintError(ErrorCode.BAD_REQUEST, "The Content-Length is no number.")
-        if int(declared) > self._max_body_bytes:
-            raise InpaintError(ErrorCode.BODY_TOO_LARGE, f"The body may have at most {self._max_body_bytes} bytes.")
+        if int(declared) > max_bytes:
+            raise InpaintError(ErrorCode.BODY_TOO_LARGE, f"The body may have at most {max_bytes} bytes.")
 
     def _check_draining(self, method: str) -> None:
         if method not in _SAFE_METHODS and self._engine.is_draining:
@@ -128,6 +145,21 @@ class Gate:
 
     def _allows(self, origin: str) -> bool:
         return origin != "null" and ("*" in self._origins or _normal_origin(origin) in self._origins)
+
+
+def _is_for_admins(method: str, path: str) -> bool:
+    """Whether a request could reach a route that only administrators may use.
+
+    Routes are found by this very path, percent-decoded, and theirs all begin so: what is refused here is more than
+    they match, whatever a client does with slashes and dots behind it.
+    """
+    return path.startswith(ADAPTERS_PATH) and not (path == ADAPTERS_PATH and method in _SAFE_METHODS)
+
+
+def _is_one_of(sent: str, keys: Iterable[bytes]) -> bool:
+    """All keys are compared, each in constant time: how long it takes says nothing about them."""
+    matches = [hmac.compare_digest(sent.encode("latin-1"), key) for key in keys]
+    return any(matches)
 
 
 def _normal_origin(origin: str) -> str:

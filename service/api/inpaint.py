@@ -23,6 +23,7 @@ from service.api.answers import (
 from service.api.events import inpaint_events
 from service.api.fields import MAX_SEED, InpaintFields
 from service.api.forms import InpaintForm, read_form
+from service.api.loras import resolve_loras
 from service.api.multipart import read_parts
 from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES
 from service.api.pictures import Canvas, prepare_canvas, preview_file, render
@@ -126,12 +127,13 @@ async def _submit(
         fields = fields.model_copy(update={"output_format": _FORMAT_OF_TYPE[media_type]})
     if media_type != EVENT_STREAM_MEDIA_TYPE:
         fields = fields.model_copy(update={"previews": False})
+    loras = await state.in_thread(lambda: resolve_loras(fields.loras, state.engine.adapters))
     canvas = await state.in_thread(
         lambda: prepare_canvas(form, fields.output_format, model, state.settings.max_pixels, state.metrics)
     )
     # Such that the last image's own seed can be asked for, too.
     random_seed = randbelow(MAX_SEED + 2 - fields.num_images_per_prompt)
-    params = fields.params(model, canvas.fitted.placement.working, random_seed)
+    params = fields.params(model, canvas.fitted.placement.working, random_seed, loras)
     handle = state.engine.submit(
         params,
         canvas.fitted.image,

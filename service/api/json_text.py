@@ -1,4 +1,4 @@
-"""JSON in the text of a form field, read strictly."""
+"""JSON in the text of a form field, read strictly; and what such readers raise."""
 
 import json
 from typing import Any
@@ -7,29 +7,40 @@ from pydantic_core import PydanticCustomError
 
 from service.errors import ErrorCode
 
-MAX_JSON_CHARACTERS = 20_000
+MAX_JSON_CHARACTERS = 16 * 1024
+_MAX_DIGITS = 40
 
 
-def read_json(text: str) -> Any:  # noqa: ANN401 - any JSON value
-    """The value; numbers are finite, and no name is there twice.
+def fault(code: ErrorCode, message: str) -> PydanticCustomError:
+    """What a validator raises; the code is the error's type."""
+    return PydanticCustomError(code.value, message)
+
+
+def read_json(text: str, *, has_integers: bool = True) -> Any:  # noqa: ANN401 - any JSON value
+    """The value; no name is there twice. NaN and infinities are read: no bound admits them.
+
+    Args:
+        text: What the client sent.
+        has_integers: False reads every number as a float: one spelling of each value.
 
     Raises:
         PydanticCustomError: It is no such JSON; the message does not repeat it.
     """
     if len(text) > MAX_JSON_CHARACTERS:
-        raise _fault(f"Input should have at most {MAX_JSON_CHARACTERS} characters")
+        raise fault(ErrorCode.OUT_OF_RANGE, f"Input should have at most {MAX_JSON_CHARACTERS} characters")
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        return json.loads(
+            text,
+            parse_int=_integer if has_integers else float,
+            object_pairs_hook=_unique,
+        )
     except (ValueError, RecursionError):
-        raise _fault("Input should be valid JSON") from None
+        raise fault(ErrorCode.INVALID_FIELD, "Input should be valid JSON") from None
 
 
-def _fault(message: str) -> PydanticCustomError:
-    return PydanticCustomError(ErrorCode.INVALID_FIELD.value, message)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
+def _integer(digits: str) -> int | float:
+    """Of more digits than any bound has, a float: soon read."""
+    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
 
 _PICTURE_TYPES = ", ".join(MEDIA_TYPES.values())
 
-_JSON_FIELDS = ("timesteps", "sigmas", "freeu")
+_JSON_FIELDS = ("timesteps", "sigmas", "loras", "freeu")
 
 INPAINT_OPERATION: dict[str, Any] = {
     "requestBody": {

@@ -21,6 +21,7 @@ from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS, problem_body, probl
 from service.api.records import record_of
 from service.api.schemas import (
     Health,
+    ModelAdapter,
     ModelLimits,
     ModelList,
     ModelWorker,
@@ -88,6 +89,7 @@ async def index() -> dict[str, str]:
         "version": __version__,
         "inpaint": "POST /v1/inpaint",
         "models": "/v1/models",
+        "adapters": "/v1/adapters",
         "docs": "/docs",
         "openapi": "/openapi.json",
         "ready": "/readyz",
@@ -132,10 +134,12 @@ def _why_not_ready(engine: Engine) -> InpaintError | None:
 async def models(request: Request) -> ModelList:
     """The one served model in OpenAI's list shape, with our fields beside."""
     state = state_of(request)
-    return ModelList(data=[_served(state, state.model)])
+    model = state.model
+    entries = await state.in_thread(state.engine.adapters.entries)
+    return ModelList(data=[_served(state, model, [ModelAdapter(name=entry.name) for entry in entries])])
 
 
-def _served(state: ServiceState, model: ModelInfo) -> ServedModel:
+def _served(state: ServiceState, model: ModelInfo, adapters: list[ModelAdapter]) -> ServedModel:
     settings = state.settings
     min_side, max_side = side_bounds(model)
     workers = [
@@ -179,6 +183,7 @@ def _served(state: ServiceState, model: ModelInfo) -> ServedModel:
         ],
         has_safety_checker=model.has_safety_checker,
         nsfw_policy=settings.nsfw_policy,
+        adapters=adapters,
         limits=ModelLimits(
             max_prompt_characters=MAX_PROMPT_CHARACTERS,
             max_steps=MAX_STEPS,

@@ -1,7 +1,7 @@
 """The JSON that clients get: wire models of the native endpoints' answers."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field
 
@@ -14,6 +14,13 @@ _RESOLVED = frozenset(
     {"prompt", "num_inference_steps", "seed", "scheduler", "height", "width"},
 )
 """What a request may leave open."""
+
+
+class EffectiveLora(BaseModel):
+    """One LoRA as it was asked for."""
+
+    name: str
+    scale: float | dict[str, Any]
 
 
 class EffectiveParameters(BaseModel):
@@ -35,6 +42,7 @@ class EffectiveParameters(BaseModel):
     width: int = Field(description="Working width.")
     padding_mask_crop: int | None
     clip_skip: int
+    loras: list[EffectiveLora]
     freeu: FreeUFactors | None
     mask_blur: int
     mask_grow: int
@@ -47,9 +55,10 @@ class EffectiveParameters(BaseModel):
     @classmethod
     def of(cls, fields: InpaintFields, params: InpaintParams, tensors: Sequence[str]) -> Self:
         """From what was sent and what became of it; the latter wins."""
-        sent = fields.model_dump(include=set(cls.model_fields))
+        sent = fields.model_dump(include=set(cls.model_fields) - {"loras"})
         resolved = {name: getattr(params, name) for name in sent if name in _RESOLVED}
-        return cls(**{**sent, **resolved}, tensors=list(tensors))
+        loras = [EffectiveLora(name=lora.name, scale=lora.scale) for lora in fields.loras]
+        return cls(**{**sent, **resolved}, loras=loras, tensors=list(tensors))
 
 
 class InpaintedImage(BaseModel):
@@ -153,6 +162,13 @@ class ServedEmbedding(BaseModel):
     num_vectors: int
 
 
+class ModelAdapter(BaseModel):
+    """An adapter that requests can name."""
+
+    name: str
+    kind: Literal["lora"] = "lora"
+
+
 class ServedModel(BaseModel):
     """The served model: OpenAI's fields, and ours."""
 
@@ -181,6 +197,7 @@ class ServedModel(BaseModel):
     embeddings: list[ServedEmbedding]
     has_safety_checker: bool
     nsfw_policy: str
+    adapters: list[ModelAdapter]
     limits: ModelLimits
     workers: list[ModelWorker]
 
@@ -190,6 +207,35 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
+
+
+class Adapter(BaseModel):
+    """An adapter's file."""
+
+    name: str
+    kind: Literal["lora"] = "lora"
+    num_bytes: int
+    modified: int = Field(description="Unix time.")
+    is_writable: bool = Field(description="False for those that ship with the service.")
+
+
+class AdapterList(BaseModel):
+    """All of them, by name."""
+
+    object: Literal["list"] = "list"
+    data: list[Adapter]
+
+
+class StoredAdapter(BaseModel):
+    """An adapter that was uploaded, as the model takes it."""
+
+    name: str
+    kind: Literal["lora"] = "lora"
+    num_bytes: int
+    modified: int = Field(description="Unix time.")
+    rank: int = Field(description="Largest rank of its matrices.")
+    num_unet_layers: int
+    num_text_encoder_layers: int
 
 
 class Health(BaseModel):

@@ -43,7 +43,7 @@ def serve(settings: Settings, *, worker_target: str = WORKER_TARGET) -> int:
         The exit status: 0, or 1 when a second signal cut accepted requests off.
 
     Raises:
-        StartupError: A port is taken, or no worker can start.
+        StartupError: A port is taken, a folder cannot be used, or no worker can start.
     """
     with contextlib.ExitStack() as sockets:
         listener = sockets.enter_context(_listen(settings.host, settings.port))
@@ -132,6 +132,7 @@ async def _serve(
 ) -> int:
     metrics = Metrics()
     engine = Engine(settings, metrics, worker_target=worker_target)
+    engine.adapters.prepare()
     server = Server(server_config(create_app(settings, engine, metrics)), engine, settings.drain_timeout)
     logger.info(
         "inpaint-service %s listens on %s and loads %s",

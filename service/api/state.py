@@ -60,7 +60,8 @@ class ServiceState:
         engine: Where requests go.
         metrics: Where to count.
         executor: Threads for decoding, fitting and encoding, which would stall the event loop.
-        intake: See there.
+        intake: Bounds requests whose bodies are in memory.
+        uploads: Bounds adapters whose uploads are on the disk.
         created: Unix time at which the service started.
     """
 
@@ -69,6 +70,7 @@ class ServiceState:
     metrics: Metrics
     executor: ThreadPoolExecutor
     intake: Intake
+    uploads: Intake
     created: int
 
     @property

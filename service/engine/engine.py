@@ -9,16 +9,19 @@ import logging
 import time
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
+from service.engine.adapters import adapter_folder
 from service.engine.admission import retry_after
 from service.engine.devices import resolve_devices, threads_per_worker
 from service.engine.dispatch import Load
 from service.engine.handle import Handle
+from service.engine.inspection import Inspections
 from service.engine.process import WorkerSpec
 from service.engine.routing import Router
 from service.engine.supervisor import Worker
 from service.errors import ErrorCode, InpaintError, StartupError
-from service.messages import ModelInfo, Report
+from service.messages import LoraInfo, LoraInspected, ModelInfo, Report
 from service.metrics import Metrics
 from service.request import NO_TENSORS, InpaintParams, InpaintRequest, InpaintTensors, Pixels
 from service.settings import Settings
@@ -78,6 +81,8 @@ class Engine:
     def __init__(self, settings: Settings, metrics: Metrics, *, worker_target: str = WORKER_TARGET) -> None:
         self.model: ModelInfo | None = None
         """The served model; None until a worker was ready."""
+        self.adapters = adapter_folder(settings)
+        """The LoRAs that requests can name."""
         self._settings = settings
         self._metrics = metrics
         self._worker_target = worker_target
@@ -91,6 +96,7 @@ class Engine:
         self._failed = asyncio.Event()
         self._startup_error: StartupError | None = None
         self._router = Router(settings.queue_size, metrics, self._workers)
+        self._inspections = Inspections(self._workers)
 
     # --- start ----------------------------------------------------------------------
 
@@ -151,10 +157,15 @@ class Engine:
         Raises:
             InpaintError: DRAINING, NOT_READY or OVERLOADED, with `retry_after_seconds`.
         """
-        refusal = self._refusal()
-        if refusal is not None:
-            self._metrics.rejected(refusal.code)
-            raise refusal
+        self._refuse(self._unready() or self._full())
+
+    def check_ready(self) -> None:
+        """Refuse early what needs a worker, but no place in the queue.
+
+        Raises:
+            InpaintError: DRAINING or NOT_READY, with `retry_after_seconds`.
+        """
+        self._refuse(self._unready())
 
     def submit(
         self,
@@ -194,7 +205,22 @@ class Engine:
         self._router.add(handle)
         return handle
 
-    def _refusal(self) -> InpaintError | None:
+    async def inspect_lora(self, path: Path) -> LoraInfo:
+        """Have a ready worker look at a file that may become a LoRA.
+
+        Raises:
+            InpaintError: `INVALID_LORA`, with the worker's own sentence; `NOT_READY`, `DRAINING`, `WORKER_LOST` or
+                `DEADLINE`.
+        """
+        self.check_ready()
+        return await self._inspections.inspect(path, self._settings.timeout)
+
+    def _refuse(self, refusal: InpaintError | None) -> None:
+        if refusal is not None:
+            self._metrics.rejected(refusal.code)
+            raise refusal
+
+    def _unready(self) -> InpaintError | None:
         if self._draining_until is not None:
             return InpaintError(
                 ErrorCode.DRAINING,
@@ -207,14 +233,17 @@ class Engine:
                 "No worker is ready.",
                 retry_after_seconds=retry_after(self._expected_load_seconds()),
             )
-        if self._router.queue.is_full:
-            native_size = self.model.native_size if self.model is not None else 1
-            return InpaintError(
-                ErrorCode.OVERLOADED,
-                "Too many requests are waiting.",
-                retry_after_seconds=retry_after(self._router.backlog_seconds(native_size)),
-            )
         return None
+
+    def _full(self) -> InpaintError | None:
+        if not self._router.queue.is_full:
+            return None
+        native_size = self.model.native_size if self.model is not None else 1
+        return InpaintError(
+            ErrorCode.OVERLOADED,
+            "Too many requests are waiting.",
+            retry_after_seconds=retry_after(self._router.backlog_seconds(native_size)),
+        )
 
     def _expected_load_seconds(self) -> float:
         known = [worker.ready.load_seconds for worker in self._workers if worker.ready is not None]
@@ -231,13 +260,17 @@ class Engine:
         self._router.dispatch()
 
     def worker_reported(self, worker: Worker, report: Report) -> None:
-        """A worker says something about its requests."""
-        self._router.worker_reported(worker, report)
+        """A worker says something about its requests, or about a LoRA."""
+        if isinstance(report, LoraInspected):
+            self._inspections.answered(worker, report)
+        else:
+            self._router.worker_reported(worker, report)
 
     def worker_lost(self, worker: Worker, load: Load) -> None:
         """A ready worker is gone."""
         self._metrics.worker_up(worker.name, is_up=False)
-        self._router.worker_lost(worker, load)
+        was_inspecting = self._inspections.worker_lost(worker)
+        self._router.worker_lost(worker, load, are_suspect=not was_inspecting)
 
     def worker_never_ready(self, worker: Worker, reason: str) -> None:
         """A worker could not load; when none ever could, the service has failed."""

@@ -113,11 +113,17 @@ class Router:
             self._end(handle, outcome)
             self.dispatch()
 
-    def worker_lost(self, worker: Worker, load: Load) -> None:
-        """A ready worker is gone: what it had is run again once, by whoever is first."""
+    def worker_lost(self, worker: Worker, load: Load, *, are_suspect: bool) -> None:
+        """A ready worker is gone: what it had is run again once, by whoever is first.
+
+        Args:
+            worker: Which.
+            load: What it had.
+            are_suspect: Whether its requests may be why; not when it was lost over something else.
+        """
         waited_for = [handle for handle in load.handles() if not handle.is_ended]
         for handle in waited_for:
-            handle.num_losses += 1
+            handle.num_losses += are_suspect
         again = [handle for handle in waited_for if handle.num_losses < MAX_LOSSES]
         if waited_for:
             logger.warning(

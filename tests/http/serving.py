@@ -103,6 +103,7 @@ def serving(*, wait_ready: bool = True, **overrides: Any) -> Iterator[LiveServer
 async def _serve(settings: Settings, wait_ready: bool, box: dict[str, Any], is_up: threading.Event) -> None:
     metrics = Metrics()
     engine = Engine(settings, metrics, worker_target=FAKE_WORKER)
+    engine.adapters.prepare()
     config = server_config(create_app(settings, engine, metrics))
     config.timeout_graceful_shutdown = 2
     server = uvicorn.Server(config)

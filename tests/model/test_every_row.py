@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from service.request import InpaintRequest, InpaintResult
 from service.settings import Settings
-from service.worker.checkpoint import BUNDLED_FOLDER, load
+from service.worker.checkpoint import load
 from service.worker.pipeline import InpaintPipeline
 from tests.model.rows import ROWS, Model
 from tests.model.staggered import run_staggered
@@ -119,5 +119,3 @@ def test_rows_do_something(benches: dict[str, Bench]) -> None:
         if name not in without_effect and request.params.output == "pixels":
             images = run(bench, {name: request})[name].images
             assert images.shape != plain.shape or not np.array_equal(images, plain), name
-
-
