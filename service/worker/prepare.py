@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from service.errors import ErrorCode, InpaintError
 from service.request import REPAINT_FROM, InpaintRequest
 from service.worker.checkpoint import Components
-from service.worker.prompts import PromptEncoder
+from service.worker.prompts import Prompt, PromptEncoder
 from service.worker.sampler import MAX_HISTORY, InstancePlan, Schedule, SchedulePlanner
 from service.worker.slots import Slot
 
@@ -106,19 +106,17 @@ class Preparer:
 
     def _encode_prompts(self, requests: Sequence[InpaintRequest]) -> list[torch.Tensor]:
         """(1 or 2, T, D) for each request: negative prompt first when guided. clip_skip is for the prompt only."""
-        prompts = [(request.params.prompt, request.params.clip_skip) for request in requests]
-        negatives = [(request.params.negative_prompt, 0) for request in requests if request.params.is_guided]
+        prompts = []
+        for request in requests:
+            params = request.params
+            pair = [Prompt(params.prompt, params.clip_skip, params.prompt_syntax)]
+            if params.is_guided:
+                pair.insert(0, Prompt(params.negative_prompt, syntax=params.prompt_syntax))
+            prompts.append(pair)
         is_solo = any(request.params.batching == "solo" for request in requests)
         encode = self._prompts.encode_alone if is_solo else self._prompts.encode
-        encoded = encode(prompts + negatives)
-        return [
-            torch.stack(
-                [encoded[request.params.negative_prompt, 0], encoded[prompt]]
-                if request.params.is_guided
-                else [encoded[prompt]]
-            )
-            for request, prompt in zip(requests, prompts, strict=True)
-        ]
+        encoded = encode(prompt for pair in prompts for prompt in pair)
+        return [torch.stack([encoded[prompt] for prompt in pair]) for pair in prompts]
 
     def _pictures(self, request: InpaintRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Picture and masked picture, (3, H, W) float32 in [-1, 1], and mask, (1, H, W) float32 of 0 and 1."""

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -124,7 +125,7 @@ def test_no_text_breaks_the_parser(prompt: str) -> None:
             assert math.isfinite(span.weight)
             assert abs(span.weight) <= MAX_WEIGHT
             assert all(character in rest for character in span.text)
-        assert all(before.weight != after.weight for before, after in zip(section, section[1:], strict=False))
+        assert all(before.weight != after.weight for before, after in pairwise(section))
 
 
 @given(st.text(st.characters(exclude_characters="\\()[]"), max_size=200).filter(lambda text: "BREAK" not in text))
