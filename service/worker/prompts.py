@@ -22,8 +22,11 @@ MAX_CHUNKS_AT_ONCE = 16
 NUM_FRAME_TOKENS = 2
 """The start and the end token of a chunk."""
 
-MIN_MEAN = 1e-5
-"""A mean of embeddings that is smaller than this, relative to their size, is rounding noise."""
+MIN_MEAN = 0.01
+"""A mean of embeddings that is smaller than this, relative to their size, is a chance remainder of their signs.
+
+Stable Diffusion 1.5's is over a tenth (its final layer norm's bias averages -0.11), the demo model's a thousandth.
+"""
 
 MAX_RESTORATION = 10.0
 """Restoring the mean never scales embeddings up by more than this."""
@@ -213,8 +216,8 @@ def _emphasize(embeds: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     """Weigh each token, then scale the whole so that its mean stays: AUTOMATIC1111's "Original" emphasis.
 
     Source: `EmphasisOriginal` in `modules/sd_emphasis.py` of stable-diffusion-webui. Where the mean is about
-    zero, scaling by the ratio of two means would blow the embeddings up or turn them over (its issue 14867):
-    there, it is left out.
+    zero, the ratio of the two means is arbitrary, and scaling by it would blow the embeddings up or turn them
+    over, as its issue 14867 reports: there, the mean is left as it comes.
 
     Args:
         embeds: (T, D) of one chunk.
