@@ -13,7 +13,7 @@ import torch
 from service.errors import InpaintError
 from service.messages import LoraInfo
 from service.request import FreeU, InpaintParams, InpaintRequest, NsfwPolicy, Pixels
-from service.worker.adapters import Adapters
+from service.worker.adapters import Adapters, LoadedLora
 from service.worker.batcher import Generation
 from service.worker.checkpoint import Components
 from service.worker.denoise import tick
@@ -63,10 +63,12 @@ class Latents:
 
     Attributes:
         slots: One for each of its images.
+        loras: Held, so that they outlast their files.
         batch: The stacked batch that it was last part of; gone with the last of its generations.
     """
 
     slots: list[Slot]
+    loras: tuple[LoadedLora, ...]
     batch: SlotBatch | None = None
 
 
@@ -89,11 +91,11 @@ class InpaintPipeline:
     def prepare(self, generations: Sequence[Generation]) -> None:
         """Encode text and pictures, draw noise; sets `latents` and `steps`."""
         loras = generations[0].key.loras
-        self._adapters.load(loras)
+        loaded = self._adapters.load(loras)
         self._adapters.apply_text_encoder(loras)
         prepared = self._preparer.prepare([generation.request for generation in generations])
         for generation, slots in zip(generations, prepared, strict=True):
-            generation.latents = Latents(slots)
+            generation.latents = Latents(slots, loaded)
             generation.steps = slots[0].num_calls
 
     @_device_faults
