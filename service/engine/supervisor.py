@@ -249,6 +249,7 @@ class Worker:
         match report:
             case Loading(stage):
                 self.state = f"loading: {stage}"
+                logger.info("worker %s (%s): %s", self.name, self.device, stage)
             case CannotStart(message):
                 self._cannot_start = message
             case Ready():

@@ -8,6 +8,7 @@ random numbers and say so only in a log line.
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
     DiffusionPipeline,
     SchedulerMixin,
@@ -25,9 +27,10 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer
 
 from service.errors import StartupError
-from service.messages import ModelInfo
+from service.messages import EmbeddingInfo, ModelInfo
 from service.settings import Settings
-from service.worker.schedulers import scheduler_names, short_name
+from service.worker.schedulers import names_taking, scheduler_names, short_name
+from service.worker.textual_inversion import load_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +38,11 @@ BUNDLED_FOLDER = Path(__file__).parent / "models" / "demo"
 BUNDLED_STEPS = 10
 STOCK_STEPS = 50
 
-_WEIGHTS: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "safety_checker": StableDiffusionSafetyChecker,
+_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "unet": (UNet2DConditionModel,),
+    "vae": (AutoencoderKL, AsymmetricAutoencoderKL),
+    "text_encoder": (CLIPTextModel,),
+    "safety_checker": (StableDiffusionSafetyChecker,),
 }
 """The weights that are checked, and the only classes that are served."""
 
@@ -62,7 +65,7 @@ class Components:
     """
 
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AsymmetricAutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: SchedulerMixin
@@ -73,22 +76,32 @@ class Components:
     info: ModelInfo
 
 
-def load(settings: Settings, device: torch.device) -> Components:
+def _ignore(_stage: str) -> None:
+    """Nobody wants to know."""
+
+
+def load(settings: Settings, device: torch.device, on_stage: Callable[[str], None] = _ignore) -> Components:
     """Load `settings.model` on `device`.
+
+    Args:
+        settings: The operator's settings.
+        device: Where to.
+        on_stage: Told in a few words what is being done.
 
     Raises:
         StartupError: It is not there, not complete, pickled or of another kind.
     """
     name = settings.model_name
+    on_stage(f"finding {name}")
     folder = _locate(settings)
     index = _read_index(folder, name)
     dtype = _dtype(settings, device)
+    parts = {}
     try:
-        parts = {
-            part: _load_weights(folder, part, index, settings, dtype).to(device).eval().requires_grad_(False)
-            for part in _WEIGHTS
-            if _is_present(index, part)
-        }
+        present = [part for part in _WEIGHTS if _is_present(index, part)]
+        for number, part in enumerate(present, start=1):
+            on_stage(f"loading {part} ({number} of {len(present)})")
+            parts[part] = _load_weights(folder, part, index, settings, dtype).to(device).eval().requires_grad_(False)
         scheduler_class = getattr(diffusers, index["scheduler"][1])
         scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
@@ -116,8 +129,13 @@ def load(settings: Settings, device: torch.device) -> Components:
         raise StartupError(
             f"model {name!r} has no safety checker: set INPAINT_ALLOW_UNCHECKED=true to serve it without one"
         )
+    embeddings: tuple[EmbeddingInfo, ...] = ()
+    if settings.embeddings_dir is not None:
+        on_stage("loading textual inversions")
+        embeddings = load_embeddings(settings.embeddings_dir, tokenizer, parts["text_encoder"])
     vae_scale_factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-    sample_size = parts["unet"].config.sample_size
+    unet_config, scheduler_config = parts["unet"].config, {**scheduler.config, "_class_name": type(scheduler).__name__}
+    sample_size = unet_config.sample_size
     return Components(
         unet=parts["unet"],
         vae=parts["vae"],
@@ -133,11 +151,24 @@ def load(settings: Settings, device: torch.device) -> Components:
             kind="demo" if settings.is_bundled_model else "checkpoint",
             native_size=vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size)),
             size_multiple=max(8, vae_scale_factor),
-            unet_in_channels=parts["unet"].config.in_channels,
+            unet_in_channels=unet_config.in_channels,
             schedulers=scheduler_names(),
             default_scheduler=short_name(scheduler),
             default_steps=settings.default_steps or (BUNDLED_STEPS if settings.is_bundled_model else STOCK_STEPS),
             has_safety_checker="safety_checker" in parts,
+            latent_channels=parts["vae"].config.latent_channels,
+            latent_multiple=vae_scale_factor,
+            embeds_width=unet_config.cross_attention_dim,
+            max_tokens=tokenizer.model_max_length,
+            max_clip_skip=parts["text_encoder"].config.num_hidden_layers,
+            prediction_type=scheduler.config.prediction_type,
+            embeds_guidance=unet_config.time_cond_proj_dim is not None,
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+            timesteps_schedulers=names_taking("timesteps", (900, 500, 100), scheduler_config),
+            sigmas_schedulers=names_taking("sigmas", (10.0, 4.0, 1.0), scheduler_config),
+            embeddings=embeddings,
+            vae=type(parts["vae"]).__name__,
+            attention_backend=settings.attention_backend,
         ),
     )
 
@@ -196,8 +227,9 @@ def _is_present(index: dict[str, Any], part: str) -> bool:
 
 def _load_weights(folder: Path, part: str, index: dict[str, Any], settings: Settings, dtype: torch.dtype) -> Any:  # noqa: ANN401
     """One part of the checkpoint on the CPU, every weight of it accounted for."""
-    name, cls, class_name = settings.model_name, _WEIGHTS[part], index[part][1]
-    if class_name != cls.__name__:
+    name, class_name = settings.model_name, index[part][1]
+    cls = next((candidate for candidate in _WEIGHTS[part] if candidate.__name__ == class_name), None)
+    if cls is None:
         raise StartupError(f"model {name!r}: {part} is a {class_name}, which is not supported")
     if not any((folder / part).glob("*.safetensors")):
         raise StartupError(f"model {name!r}: {part} has no .safetensors weights; pickles are not loaded")
@@ -217,8 +249,6 @@ def _load_weights(folder: Path, part: str, index: dict[str, Any], settings: Sett
 
 
 def _check_supported(unet: UNet2DConditionModel, name: str) -> None:
-    if unet.config.time_cond_proj_dim is not None:
-        raise StartupError(f"model {name!r} has a UNet with embedded guidance, which is not supported")
     if unet.config.in_channels not in (4, 9):
         raise StartupError(f"model {name!r} has a UNet of {unet.config.in_channels} input channels; 9 or 4 are needed")
 

@@ -30,8 +30,7 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
 
     try:
         torch_device = open_device(device, cpu_threads)
-        connection.send(Loading("loading the model"))
-        components = load(settings, torch_device)
+        components = load(settings, torch_device, lambda stage: connection.send(Loading(stage)))
         pipeline = InpaintPipeline(components, settings.nsfw_policy)
         connection.send(Loading("warming up"))
         max_images, step_seconds = pipeline.warm_up(settings.max_images)

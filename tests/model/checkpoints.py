@@ -4,7 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import (
     CLIPConfig,
@@ -25,6 +31,9 @@ def make_checkpoint(
     in_channels: int = 9,
     flags_everything: bool = False,
     has_safety_checker: bool = True,
+    prediction_type: str = "epsilon",
+    time_cond_proj_dim: int | None = None,
+    has_asymmetric_vae: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a tiny Stable Diffusion checkpoint with random weights.
@@ -34,21 +43,16 @@ def make_checkpoint(
         in_channels: 9 for an inpainting UNet, 4 for a plain one.
         flags_everything: Whether the safety checker flags every picture or none.
         has_safety_checker: Whether there is one.
+        prediction_type: What the UNet is taken to predict.
+        time_cond_proj_dim: Width of a UNet's input for the guidance scale, as LCM-distilled ones have it.
+        has_asymmetric_vae: Whether the decoder looks at the picture and its mask.
         seed: Of the weights.
     """
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     checker = _safety_checker(flags_everything=flags_everything) if has_safety_checker else None
     pipeline = StableDiffusionInpaintPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-            sample_size=NATIVE_SIZE,
-        ),
+        vae=_asymmetric_vae() if has_asymmetric_vae else _vae(),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=514,
@@ -73,6 +77,7 @@ def make_checkpoint(
             norm_num_groups=8,
             attention_head_dim=8,
             cross_attention_dim=32,
+            time_cond_proj_dim=time_cond_proj_dim,
         ),
         # As in the published SD 1.5 checkpoints, with what other schedulers need of it.
         scheduler=PNDMScheduler.from_config(
@@ -85,6 +90,7 @@ def make_checkpoint(
                 "skip_prk_steps": True,
                 "steps_offset": 1,
                 "clip_sample": False,
+                "prediction_type": prediction_type,
             }
         ),
         safety_checker=checker,
@@ -94,6 +100,32 @@ def make_checkpoint(
     pipeline.save_pretrained(folder, safe_serialization=True)
     torch.set_rng_state(state)
     return folder
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=NATIVE_SIZE,
+    )
+
+
+def _asymmetric_vae() -> AsymmetricAutoencoderKL:
+    return AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        down_block_out_channels=(8, 8, 16, 16),
+        layers_per_down_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        up_block_out_channels=(16, 16, 24, 24),
+        layers_per_up_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=NATIVE_SIZE,
+    )
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:

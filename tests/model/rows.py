@@ -28,6 +28,7 @@ class Model:
         loras: LoRAs that fit it, by any name; at least two.
         tokens: Textual inversions that it has; the second has several vectors.
         scheduler: Its own scheduler's name.
+        embeds_guidance: Whether its UNet takes the guidance scale as an input.
     """
 
     size: int
@@ -35,6 +36,7 @@ class Model:
     loras: Mapping[str, Path]
     tokens: tuple[str, ...] = ()
     scheduler: str = "pndm"
+    embeds_guidance: bool = False
 
     def request(self, *, tensors: InpaintTensors | None = None, **changes: object) -> InpaintRequest:
         """The usual request with other parameters."""
@@ -51,6 +53,7 @@ class Model:
             clip_skip=0,
             height=self.size,
             width=self.size,
+            embeds_guidance=self.embeds_guidance,
         )
         request = paint_target(dataclasses.replace(params, **changes), seed=5)  # type: ignore[arg-type]
         return request if tensors is None else dataclasses.replace(request, tensors=tensors)

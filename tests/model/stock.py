@@ -1,8 +1,9 @@
 """The reference: `StableDiffusionInpaintPipeline` run alone on one request."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,16 @@ class Stock:
 
     Args:
         folder: The checkpoint.
-        embeddings: Textual inversions to load.
+        embeddings: Textual inversions to load, by their tokens.
     """
 
-    def __init__(self, folder: Path, embeddings: Sequence[Path] = ()) -> None:
+    def __init__(self, folder: Path, embeddings: Mapping[str, Path] = MappingProxyType({})) -> None:
         self.pipeline = StableDiffusionInpaintPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self._scheduler_config = self.pipeline.scheduler.config
-        # Stock's clip_skip looks for `text_encoder.text_model`, which transformers 5.6 removed.
-        encoder = self.pipeline.text_encoder
-        encoder.__dict__.setdefault("text_model", encoder)
-        for path in embeddings:
-            self.pipeline.load_textual_inversion(path.parent, weight_name=path.name)
+        self._set_text_model()
+        for token, path in embeddings.items():
+            self.pipeline.load_textual_inversion(path.parent, weight_name=path.name, token=token)
         self._adapters: dict[tuple[str, str], str] = {}
 
     def __call__(self, request: InpaintRequest, **changes: Any) -> tuple[NDArray[Any], list[bool]]:
@@ -97,13 +96,22 @@ class Stock:
             return
         for lora in loras:
             if (lora.path, lora.version) not in self._adapters:
-                name = f"adapter_{len(self._adapters)}"
-                path = Path(lora.path)
-                self.pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-                self._adapters[lora.path, lora.version] = name
+                self._adapters[lora.path, lora.version] = self._load_lora(Path(lora.path))
         self.pipeline.enable_lora()
         names = [self._adapters[lora.path, lora.version] for lora in loras]
         self.pipeline.set_adapters(names, [_weights(lora) for lora in loras])
+
+    def _load_lora(self, path: Path) -> str:
+        name = f"adapter_{len(self._adapters)}"
+        self.pipeline.text_encoder.__dict__.pop("text_model", None)  # By this stock tells how the layers are called.
+        self.pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        self._set_text_model()
+        return name
+
+    def _set_text_model(self) -> None:
+        """Stock's clip_skip looks for `text_encoder.text_model`, which transformers 5.6 removed."""
+        encoder = self.pipeline.text_encoder
+        encoder.__dict__.setdefault("text_model", encoder)
 
 
 def _weights(lora: LoraUse) -> dict[str, Any]:
