@@ -1,5 +1,8 @@
 """Resizing, cropping and overlay are diffusers' own, bit for bit, without its dependencies."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.fitting import Fitted, fit, overlay
+from service.request import InpaintRequest
+from service.settings import Settings
+from service.worker.checkpoint import load
+from service.worker.pipeline import InpaintPipeline
+from tests.model.mixed_requests import mixed_requests
+from tests.model.staggered import run_staggered
+from tests.model.stock import Stock
 
 Pixels = NDArray[np.uint8]
 
@@ -122,3 +132,35 @@ def test_pictures_of_the_working_size_are_left_alone(side: int) -> None:
         IMAGE_PROCESSOR.preprocess(Image.fromarray(image), height=side, width=side),
         MASK_PROCESSOR.preprocess(Image.fromarray(mask), height=side, width=side),
     )
+
+
+def test_padded_crop_in_a_mixed_batch(inpainting_checkpoint: Path) -> None:
+    """`padding_mask_crop` from upload to answer, beside other requests: what stock answers for the same upload."""
+    stock = Stock(inpainting_checkpoint)
+    size = stock.pipeline.unet.config.sample_size * 8
+    image, mask = noise(5, 150, 210, 3), np.zeros((150, 210), np.uint8)
+    image = np.asarray(Image.fromarray(image).resize((21, 15)).resize((210, 150)))
+    mask[40:75, 90:150] = 255
+    company = mixed_requests(("ddim", "euler_a", "unipc"), 6, size, seed=8)
+    params = dataclasses.replace(
+        company[0].params, height=size, width=size, num_images_per_prompt=1, num_inference_steps=5, batching="shared"
+    )
+    fits = [
+        fit(image, mask, native_size=size, size_multiple=8, height=None, width=None, padding_mask_crop=padding)
+        for padding in (0, 8, 40)
+    ]
+    crops = [
+        InpaintRequest(params, result.image, result.mask, admitted_at=0.0, deadline=float("inf")) for result in fits
+    ]
+    pipeline = InpaintPipeline(load(Settings(model=str(inpainting_checkpoint)), torch.device("cpu")), "black")
+    results, ticks = run_staggered(pipeline, [company[1], crops[0], company[2], crops[1], crops[2], *company[3:]])
+    assert max(tick.images for tick in ticks) > 2
+    for place, result, padding in zip((1, 3, 4), fits, (0, 8, 40), strict=True):
+        expected, _ = stock(
+            crops[0],
+            image=Image.fromarray(image),
+            mask_image=Image.fromarray(mask),
+            padding_mask_crop=padding,
+        )
+        answer = overlay(image, mask, result.placement, results[str(place)].images[0])
+        assert np.abs(answer.astype(int) - expected[0]).max() <= 1

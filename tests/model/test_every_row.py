@@ -174,6 +174,15 @@ def test_bundled_model_in_one_mixed_batch(bundled_bench: Bench) -> None:
     bundled_bench.assert_equal(chosen, run(bundled_bench, chosen))
 
 
+def test_scale_of_cross_attention_kwargs(benches: dict[str, Bench]) -> None:
+    """`cross_attention_kwargs={"scale": s}` in stock is s times each LoRA's own scale."""
+    bench = benches["inpainting"]
+    once = bench.model.request(loras=(bench.model.lora(0, 0.8),))
+    halved = {"halved": bench.model.request(loras=(bench.model.lora(0, 0.8 * 0.5),))}
+    expected, _ = bench.stock(once, cross_attention_kwargs={"scale": 0.5})
+    assert _difference(expected, run(bench, halved)["halved"].images) <= LEVEL + 1e-6
+
+
 def test_weights_are_as_they_were(benches: dict[str, Bench]) -> None:
     """After LoRAs and FreeU have come and gone, a plain request is bitwise what it was before."""
     bench = benches["inpainting"]
