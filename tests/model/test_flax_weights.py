@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -148,6 +149,17 @@ def test_linear_projections_and_more_than_ten_of_a_kind(tmp_path: Path) -> None:
     weights = read_flax_weights(path, unet)
     assert weights.keys() == unet.state_dict().keys()
     assert all(torch.equal(weights[name], weight) for name, weight in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "V2"])
+@pytest.mark.parametrize("extension_type", [1, 3])
+def test_scalars_and_both_names_of_bfloat16(tmp_path: Path, name: str, extension_type: int) -> None:
+    """Flax has a type for scalars of numpy; numpy itself calls what it does not know by its size."""
+    path = tmp_path / "flax_model.msgpack"
+    scalar = msgpack.ExtType(extension_type, msgpack.packb(((), name, b"\xc0\x3f")))
+    path.write_bytes(msgpack.packb({"scalar": scalar}))
+    weights = read_flax_weights(path, torch.nn.ParameterDict({"scalar": torch.tensor(0.0)}))
+    assert torch.equal(weights["scalar"], torch.tensor(1.5, dtype=torch.bfloat16))
 
 
 def test_names_are_those_that_flax_gave(pytorch_folder: Path) -> None:
