@@ -231,7 +231,8 @@ def _load_flax(path: Path, cls: Any, name: str, dtype: torch.dtype) -> Any:  # n
     except StartupError as error:
         raise StartupError(f"model {name!r}: {error}") from error
     model.load_state_dict(weights, strict=True)
-    return model.to(dtype)
+    # Not diffusers' own method, which warns of modules kept in float32 where there are none.
+    return torch.nn.Module.to(model, dtype)
 
 
 def _check_supported(unet: UNet2DConditionModel, name: str) -> None:
