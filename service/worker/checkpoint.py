@@ -29,6 +29,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer
 from service.errors import StartupError
 from service.messages import EmbeddingInfo, ModelInfo
 from service.settings import Settings
+from service.worker.flax_weights import FLAX_FILES, read_flax_weights
 from service.worker.schedulers import names_taking, scheduler_names, short_name
 from service.worker.textual_inversion import load_embeddings
 
@@ -102,7 +103,7 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
         for number, part in enumerate(present, start=1):
             on_stage(f"loading {part} ({number} of {len(present)})")
             parts[part] = _load_weights(folder, part, index, settings, dtype).to(device).eval().requires_grad_(False)
-        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        scheduler_class = getattr(diffusers, index["scheduler"][1].removeprefix("Flax"))
         scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
         feature_extractor = None
@@ -208,7 +209,7 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
         raise StartupError(f"model {name!r} is no diffusers folder: it has no model_index.json") from None
     except (ValueError, AttributeError, OSError):
         raise StartupError(f"model {name!r}: its model_index.json is not readable") from None
-    if "XL" in kind or "text_encoder_2" in index or not kind.startswith("StableDiffusion"):
+    if "XL" in kind or "text_encoder_2" in index or not kind.removeprefix("Flax").startswith("StableDiffusion"):
         raise StartupError(
             f"model {name!r} is a {kind or 'model of unknown kind'}; Stable Diffusion 1.x or 2.x is needed"
         )
@@ -227,11 +228,14 @@ def _is_present(index: dict[str, Any], part: str) -> bool:
 
 def _load_weights(folder: Path, part: str, index: dict[str, Any], settings: Settings, dtype: torch.dtype) -> Any:  # noqa: ANN401
     """One part of the checkpoint on the CPU, every weight of it accounted for."""
-    name, class_name = settings.model_name, index[part][1]
+    name, class_name = settings.model_name, index[part][1].removeprefix("Flax")
     cls = next((candidate for candidate in _WEIGHTS[part] if candidate.__name__ == class_name), None)
     if cls is None:
         raise StartupError(f"model {name!r}: {part} is a {class_name}, which is not supported")
     if not any((folder / part).glob("*.safetensors")):
+        flax_files = [path for path in (folder / part / file for file in FLAX_FILES) if path.is_file()]
+        if flax_files:
+            return _load_flax(flax_files[0], cls, name, dtype)
         raise StartupError(f"model {name!r}: {part} has no .safetensors weights; pickles are not loaded")
     model, loading = cls.from_pretrained(
         folder,
@@ -246,6 +250,21 @@ def _load_weights(folder: Path, part: str, index: dict[str, Any], settings: Sett
     if faults:
         raise StartupError(f"model {name!r}: {part} lacks {len(faults)} of its weights, the first is {faults[0]}")
     return model
+
+
+def _load_flax(path: Path, cls: Any, name: str, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    """A part of which the checkpoint has only the weights that Flax saved."""
+    if issubclass(cls, diffusers.ModelMixin):
+        model = cls.from_config(cls.load_config(path.parent, local_files_only=True))
+    else:
+        model = cls(cls.config_class.from_pretrained(path.parent, local_files_only=True))
+    try:
+        weights = read_flax_weights(path, model)
+    except StartupError as error:
+        raise StartupError(f"model {name!r}: {error}") from error
+    model.load_state_dict(weights, strict=True)
+    # Not diffusers' own method, which warns of modules kept in float32 where there are none.
+    return torch.nn.Module.to(model, dtype)
 
 
 def _check_supported(unet: UNet2DConditionModel, name: str) -> None:
