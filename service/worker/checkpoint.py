@@ -28,6 +28,7 @@ from service.errors import StartupError
 from service.messages import ModelInfo
 from service.settings import Settings
 from service.worker.schedulers import scheduler_names, short_name
+from service.worker.single_file import load_single_file
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +82,22 @@ def load(settings: Settings, device: torch.device) -> Components:
     """
     name = settings.model_name
     folder = _locate(settings)
-    index = _read_index(folder, name)
     dtype = _dtype(settings, device)
     try:
-        parts = {
-            part: _load_weights(folder, part, index, settings, dtype).to(device).eval().requires_grad_(False)
-            for part in _WEIGHTS
-            if _is_present(index, part)
-        }
-        scheduler_class = getattr(diffusers, index["scheduler"][1])
-        scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        if folder.is_file():
+            parts = load_single_file(folder, dtype=dtype, name=name)
+            scheduler, tokenizer = parts.pop("scheduler"), parts.pop("tokenizer")
+            parts = {part: model.to(device).eval().requires_grad_(False) for part, model in parts.items()}
+        else:
+            index = _read_index(folder, name)
+            parts = {
+                part: _load_weights(folder, part, index, settings, dtype).to(device).eval().requires_grad_(False)
+                for part in _WEIGHTS
+                if _is_present(index, part)
+            }
+            scheduler_class = getattr(diffusers, index["scheduler"][1])
+            scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
         feature_extractor = None
         if "safety_checker" in parts:
             # The Pillow one, wherever torchvision is installed too: other resampling gives other NSFW scores.
@@ -143,14 +149,14 @@ def load(settings: Settings, device: torch.device) -> Components:
 
 
 def _locate(settings: Settings) -> Path:
-    """The folder of the checkpoint: bundled, local, or fetched from the hub into its cache."""
+    """The folder of the checkpoint, bundled, local or fetched from the hub into its cache; or its one file."""
     if settings.is_bundled_model:
         return BUNDLED_FOLDER
     path = Path(settings.model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path
     if path.exists() or settings.model_name != settings.model:
-        state = "is not a folder in diffusers format" if path.exists() else "does not exist"
+        state = "is neither a folder in diffusers format nor a .safetensors file" if path.exists() else "does not exist"
         raise StartupError(f"model {settings.model!r} {state}")
     try:
         return Path(
