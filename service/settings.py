@@ -46,7 +46,8 @@ class Settings(BaseModel):
 
     # The model.
     model: str = Field(
-        BUNDLED_MODEL, description="The bundled 'demo', a hub id, or a local folder in diffusers format."
+        BUNDLED_MODEL,
+        description="The bundled 'demo', a hub id, a local folder in diffusers format, or a .safetensors file.",
     )
     revision: OptionalText = Field(None, description="Revision of the hub id.")
     variant: OptionalText = Field(None, description="Weight variant of the checkpoint, e.g. fp16.")

@@ -1,19 +1,18 @@
 """Loading a checkpoint: nothing missing, nothing unpickled, nothing unsupported.
 
+    hub id ──download──▶ folder ──checkpoint_folder──▶ parts ──▶ Components on a device
+                         file ────single_file────────▶
+
 `load` gives the components of a stock `StableDiffusionInpaintPipeline` on one
-device, ready to be called one by one. Every weight is checked to have come from
-the checkpoint: diffusers and transformers fill what they do not find with
-random numbers and say so only in a log line.
+device, ready to be called one by one.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
@@ -24,13 +23,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from service.errors import StartupError
 from service.messages import EmbeddingInfo, ModelInfo
 from service.settings import Settings
-from service.worker.flax_weights import FLAX_FILES, read_flax_weights
+from service.worker.checkpoint_folder import load_folder
 from service.worker.schedulers import names_taking, scheduler_names, short_name
+from service.worker.single_file import load_single_file
 from service.worker.textual_inversion import load_embeddings
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,9 @@ BUNDLED_FOLDER = Path(__file__).parent / "models" / "demo"
 BUNDLED_STEPS = 10
 STOCK_STEPS = 50
 
-_WEIGHTS: dict[str, tuple[Any, ...]] = {
-    "unet": (UNet2DConditionModel,),
-    "vae": (AutoencoderKL, AsymmetricAutoencoderKL),
-    "text_encoder": (CLIPTextModel,),
-    "safety_checker": (StableDiffusionSafetyChecker,),
-}
-"""The weights that are checked, and the only classes that are served."""
+# Of any length and in any range that every scheduler with such an argument takes.
+_SOME_TIMESTEPS = (900, 500, 100)
+_SOME_SIGMAS = (10.0, 4.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,34 +88,16 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
     Raises:
         StartupError: It is not there, not complete, pickled or of another kind.
     """
-    name = settings.model_name
+    name, dtype = settings.model_name, _dtype(settings, device)
     on_stage(f"finding {name}")
-    folder = _locate(settings)
-    index = _read_index(folder, name)
-    dtype = _dtype(settings, device)
-    parts = {}
+    path = _locate(settings)
     try:
-        present = [part for part in _WEIGHTS if _is_present(index, part)]
-        for number, part in enumerate(present, start=1):
-            on_stage(f"loading {part} ({number} of {len(present)})")
-            parts[part] = _load_weights(folder, part, index, settings, dtype).to(device).eval().requires_grad_(False)
-        scheduler_class = getattr(diffusers, index["scheduler"][1].removeprefix("Flax"))
-        scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-        feature_extractor = None
-        if "safety_checker" in parts:
-            # The Pillow one, wherever torchvision is installed too: other resampling gives other NSFW scores.
-            feature_extractor = CLIPImageProcessorPil.from_pretrained(
-                folder, subfolder="feature_extractor", local_files_only=True
-            )
-        # Stock's constructor corrects what old checkpoints have wrong, e.g. `steps_offset`.
-        scheduler = StableDiffusionInpaintPipeline(
-            **{part: parts.get(part) for part in _WEIGHTS},
-            tokenizer=tokenizer,
-            scheduler=scheduler,
-            feature_extractor=feature_extractor,
-            requires_safety_checker=False,
-        ).scheduler
+        parts = _load_parts(path, dtype, settings, on_stage)
+        on_stage(f"moving the weights to {device}")
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(device).eval().requires_grad_(False)
+        scheduler = _corrected_scheduler(parts)
     except StartupError:
         raise
     except Exception as error:
@@ -133,56 +111,85 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
     embeddings: tuple[EmbeddingInfo, ...] = ()
     if settings.embeddings_dir is not None:
         on_stage("loading textual inversions")
-        embeddings = load_embeddings(settings.embeddings_dir, tokenizer, parts["text_encoder"])
-    vae_scale_factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-    unet_config, scheduler_config = parts["unet"].config, {**scheduler.config, "_class_name": type(scheduler).__name__}
-    sample_size = unet_config.sample_size
+        embeddings = load_embeddings(settings.embeddings_dir, parts["tokenizer"], parts["text_encoder"])
     return Components(
         unet=parts["unet"],
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
-        tokenizer=tokenizer,
+        tokenizer=parts["tokenizer"],
         scheduler=scheduler,
         safety_checker=parts.get("safety_checker"),
-        feature_extractor=feature_extractor,
+        feature_extractor=parts.get("feature_extractor"),
         device=device,
         dtype=dtype,
-        info=ModelInfo(
-            id=name,
-            kind="demo" if settings.is_bundled_model else "checkpoint",
-            native_size=vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size)),
-            size_multiple=max(8, vae_scale_factor),
-            unet_in_channels=unet_config.in_channels,
-            schedulers=scheduler_names(),
-            default_scheduler=short_name(scheduler),
-            default_steps=settings.default_steps or (BUNDLED_STEPS if settings.is_bundled_model else STOCK_STEPS),
-            has_safety_checker="safety_checker" in parts,
-            latent_channels=parts["vae"].config.latent_channels,
-            latent_multiple=vae_scale_factor,
-            embeds_width=unet_config.cross_attention_dim,
-            max_tokens=tokenizer.model_max_length,
-            max_clip_skip=parts["text_encoder"].config.num_hidden_layers,
-            prediction_type=scheduler.config.prediction_type,
-            embeds_guidance=unet_config.time_cond_proj_dim is not None,
-            num_train_timesteps=scheduler.config.num_train_timesteps,
-            timesteps_schedulers=names_taking("timesteps", (900, 500, 100), scheduler_config),
-            sigmas_schedulers=names_taking("sigmas", (10.0, 4.0, 1.0), scheduler_config),
-            embeddings=embeddings,
-            vae=type(parts["vae"]).__name__,
-            attention_backend=settings.attention_backend,
-        ),
+        info=_describe(parts, scheduler, embeddings, settings),
+    )
+
+
+def _load_parts(path: Path, dtype: torch.dtype, settings: Settings, on_stage: Callable[[str], None]) -> dict[str, Any]:
+    if path.is_file():
+        on_stage(f"loading {settings.model_name}")
+        return load_single_file(path, dtype=dtype, name=settings.model_name)
+    return load_folder(path, dtype=dtype, name=settings.model_name, variant=settings.variant, on_stage=on_stage)
+
+
+def _corrected_scheduler(parts: dict[str, Any]) -> SchedulerMixin:
+    """The checkpoint's scheduler as stock's constructor leaves it: it corrects what old ones have wrong."""
+    return StableDiffusionInpaintPipeline(
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        tokenizer=parts["tokenizer"],
+        unet=parts["unet"],
+        scheduler=parts["scheduler"],
+        safety_checker=parts.get("safety_checker"),
+        feature_extractor=parts.get("feature_extractor"),
+        requires_safety_checker=False,
+    ).scheduler
+
+
+def _describe(
+    parts: dict[str, Any], scheduler: SchedulerMixin, embeddings: tuple[EmbeddingInfo, ...], settings: Settings
+) -> ModelInfo:
+    """What clients may know of a model."""
+    unet, vae = parts["unet"].config, parts["vae"].config
+    scheduler_config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    vae_scale_factor = 2 ** (len(vae.block_out_channels) - 1)
+    sample_size = unet.sample_size
+    return ModelInfo(
+        id=settings.model_name,
+        kind="demo" if settings.is_bundled_model else "checkpoint",
+        native_size=vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size)),
+        size_multiple=max(8, vae_scale_factor),
+        unet_in_channels=unet.in_channels,
+        schedulers=scheduler_names(),
+        default_scheduler=short_name(scheduler),
+        default_steps=settings.default_steps or (BUNDLED_STEPS if settings.is_bundled_model else STOCK_STEPS),
+        has_safety_checker="safety_checker" in parts,
+        latent_channels=vae.latent_channels,
+        latent_multiple=vae_scale_factor,
+        embeds_width=unet.cross_attention_dim,
+        max_tokens=parts["tokenizer"].model_max_length,
+        max_clip_skip=parts["text_encoder"].config.num_hidden_layers,
+        prediction_type=scheduler.config.prediction_type,
+        embeds_guidance=unet.time_cond_proj_dim is not None,
+        num_train_timesteps=scheduler.config.num_train_timesteps,
+        timesteps_schedulers=names_taking("timesteps", _SOME_TIMESTEPS, scheduler_config),
+        sigmas_schedulers=names_taking("sigmas", _SOME_SIGMAS, scheduler_config),
+        embeddings=embeddings,
+        vae=type(parts["vae"]).__name__,
+        attention_backend=settings.attention_backend,
     )
 
 
 def _locate(settings: Settings) -> Path:
-    """The folder of the checkpoint: bundled, local, or fetched from the hub into its cache."""
+    """The folder of the checkpoint, bundled, local or fetched from the hub into its cache; or its one file."""
     if settings.is_bundled_model:
         return BUNDLED_FOLDER
     path = Path(settings.model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path
     if path.exists() or settings.model_name != settings.model:
-        state = "is not a folder in diffusers format" if path.exists() else "does not exist"
+        state = "is neither a folder in diffusers format nor a .safetensors file" if path.exists() else "does not exist"
         raise StartupError(f"model {settings.model!r} {state}")
     try:
         return Path(
@@ -198,73 +205,6 @@ def _locate(settings: Settings) -> Path:
         logger.debug("download failed", exc_info=error)
         where = "the local cache (offline)" if settings.offline else "the model hub"
         raise StartupError(f"cannot get model {settings.model!r} from {where}: {_first_line(error)}") from error
-
-
-def _read_index(folder: Path, name: str) -> dict[str, Any]:
-    """The checkpoint's table of contents, once it is known to be of a kind that is served."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        kind = index.get("_class_name", "")
-    except FileNotFoundError:
-        raise StartupError(f"model {name!r} is no diffusers folder: it has no model_index.json") from None
-    except (ValueError, AttributeError, OSError):
-        raise StartupError(f"model {name!r}: its model_index.json is not readable") from None
-    if "XL" in kind or "text_encoder_2" in index or not kind.removeprefix("Flax").startswith("StableDiffusion"):
-        raise StartupError(
-            f"model {name!r} is a {kind or 'model of unknown kind'}; Stable Diffusion 1.x or 2.x is needed"
-        )
-    missing = [
-        part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not _is_present(index, part)
-    ]
-    if missing:
-        raise StartupError(f"model {name!r} lacks {', '.join(missing)}")
-    return dict(index)
-
-
-def _is_present(index: dict[str, Any], part: str) -> bool:
-    """Whether the checkpoint has this part; a part that was left out stands as [null, null]."""
-    return bool((index.get(part) or [None, None])[1])
-
-
-def _load_weights(folder: Path, part: str, index: dict[str, Any], settings: Settings, dtype: torch.dtype) -> Any:  # noqa: ANN401
-    """One part of the checkpoint on the CPU, every weight of it accounted for."""
-    name, class_name = settings.model_name, index[part][1].removeprefix("Flax")
-    cls = next((candidate for candidate in _WEIGHTS[part] if candidate.__name__ == class_name), None)
-    if cls is None:
-        raise StartupError(f"model {name!r}: {part} is a {class_name}, which is not supported")
-    if not any((folder / part).glob("*.safetensors")):
-        flax_files = [path for path in (folder / part / file for file in FLAX_FILES) if path.is_file()]
-        if flax_files:
-            return _load_flax(flax_files[0], cls, name, dtype)
-        raise StartupError(f"model {name!r}: {part} has no .safetensors weights; pickles are not loaded")
-    model, loading = cls.from_pretrained(
-        folder,
-        subfolder=part,
-        dtype=dtype,
-        variant=settings.variant,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    faults = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
-    if faults:
-        raise StartupError(f"model {name!r}: {part} lacks {len(faults)} of its weights, the first is {faults[0]}")
-    return model
-
-
-def _load_flax(path: Path, cls: Any, name: str, dtype: torch.dtype) -> Any:  # noqa: ANN401
-    """A part of which the checkpoint has only the weights that Flax saved."""
-    if issubclass(cls, diffusers.ModelMixin):
-        model = cls.from_config(cls.load_config(path.parent, local_files_only=True))
-    else:
-        model = cls(cls.config_class.from_pretrained(path.parent, local_files_only=True))
-    try:
-        weights = read_flax_weights(path, model)
-    except StartupError as error:
-        raise StartupError(f"model {name!r}: {error}") from error
-    model.load_state_dict(weights, strict=True)
-    # Not diffusers' own method, which warns of modules kept in float32 where there are none.
-    return torch.nn.Module.to(model, dtype)
 
 
 def _check_supported(unet: UNet2DConditionModel, name: str) -> None:
