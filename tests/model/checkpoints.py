@@ -34,6 +34,7 @@ def make_checkpoint(
     prediction_type: str = "epsilon",
     time_cond_proj_dim: int | None = None,
     has_asymmetric_vae: bool = False,
+    text_width: int = 32,
     seed: int = 0,
 ) -> Path:
     """Write a tiny Stable Diffusion checkpoint with random weights.
@@ -46,6 +47,7 @@ def make_checkpoint(
         prediction_type: What the UNet is taken to predict.
         time_cond_proj_dim: Width of a UNet's input for the guidance scale, as LCM-distilled ones have it.
         has_asymmetric_vae: Whether the decoder looks at the picture and its mask.
+        text_width: Of the prompt embeddings.
         seed: Of the weights.
     """
     state = torch.get_rng_state()
@@ -56,7 +58,7 @@ def make_checkpoint(
         text_encoder=CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=514,
-                hidden_size=32,
+                hidden_size=text_width,
                 intermediate_size=37,
                 num_attention_heads=4,
                 num_hidden_layers=3,
@@ -76,7 +78,7 @@ def make_checkpoint(
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             norm_num_groups=8,
             attention_head_dim=8,
-            cross_attention_dim=32,
+            cross_attention_dim=text_width,
             time_cond_proj_dim=time_cond_proj_dim,
         ),
         # As in the published SD 1.5 checkpoints, with what other schedulers need of it.
