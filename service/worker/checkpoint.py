@@ -28,6 +28,7 @@ from service.errors import StartupError
 from service.messages import ModelInfo
 from service.settings import Settings
 from service.worker.schedulers import scheduler_names, short_name
+from service.worker.switches import AttentionContext, apply_switches
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Components:
         device: Where the weights are.
         dtype: What type they are.
         info: What clients may know of the model.
+        attention: What the models are to be called in.
     """
 
     unet: UNet2DConditionModel
@@ -71,13 +73,14 @@ class Components:
     device: torch.device
     dtype: torch.dtype
     info: ModelInfo
+    attention: AttentionContext
 
 
 def load(settings: Settings, device: torch.device) -> Components:
     """Load `settings.model` on `device`.
 
     Raises:
-        StartupError: It is not there, not complete, pickled or of another kind.
+        StartupError: It is not there, not complete, pickled or of another kind, or cannot run as the settings ask.
     """
     name = settings.model_name
     folder = _locate(settings)
@@ -138,7 +141,9 @@ def load(settings: Settings, device: torch.device) -> Components:
             default_scheduler=short_name(scheduler),
             default_steps=settings.default_steps or (BUNDLED_STEPS if settings.is_bundled_model else STOCK_STEPS),
             has_safety_checker="safety_checker" in parts,
+            attention_backend=settings.attention_backend,
         ),
+        attention=apply_switches(parts["unet"], parts["vae"], settings),
     )
 
 
