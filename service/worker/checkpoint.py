@@ -31,6 +31,7 @@ from service.settings import Settings
 from service.worker.checkpoint_folder import load_folder
 from service.worker.schedulers import names_taking, scheduler_names, short_name
 from service.worker.single_file import load_single_file
+from service.worker.switches import AttentionContext, apply_switches
 from service.worker.textual_inversion import load_embeddings
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Components:
         device: Where the weights are.
         dtype: What type they are.
         info: What clients may know of the model.
+        attention: What the models are to be called in.
     """
 
     unet: UNet2DConditionModel
@@ -71,6 +73,7 @@ class Components:
     device: torch.device
     dtype: torch.dtype
     info: ModelInfo
+    attention: AttentionContext
 
 
 def _ignore(_stage: str) -> None:
@@ -86,7 +89,7 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
         on_stage: Told in a few words what is being done.
 
     Raises:
-        StartupError: It is not there, not complete, pickled or of another kind.
+        StartupError: It is not there, not complete, pickled or of another kind, or cannot run as the settings ask.
     """
     name, dtype = settings.model_name, _dtype(settings, device)
     on_stage(f"finding {name}")
@@ -123,6 +126,7 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
         device=device,
         dtype=dtype,
         info=_describe(parts, scheduler, embeddings, settings),
+        attention=apply_switches(parts["unet"], parts["vae"], settings),
     )
 
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -40,14 +40,16 @@ KNEE = 0.95
 """Share of the best throughput at which more images in a batch only delay one another."""
 
 
-def _device_faults(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Say in the worker's words what torch says of a device."""
+def _device_faults(
+    method: Callable[Concatenate["InpaintPipeline", _P], _T],
+) -> Callable[Concatenate["InpaintPipeline", _P], _T]:
+    """Compute as the operator chose, and say in the worker's words what torch says of a device."""
 
     @functools.wraps(method)
-    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+    def wrapper(self: "InpaintPipeline", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
-            with torch.inference_mode():
-                return method(*args, **kwargs)
+            with torch.inference_mode(), self._components.attention.active():
+                return method(self, *args, **kwargs)
         except (torch.OutOfMemoryError, MemoryError) as error:
             torch.cuda.empty_cache()  # Does nothing where CUDA is not in use.
             raise BatchTooLarge from error

@@ -7,11 +7,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 
+from service.request import InpaintRequest
 from service.settings import Settings
 from service.worker.checkpoint import BUNDLED_FOLDER, load
 from service.worker.pipeline import InpaintPipeline
 from service.worker.schedulers import scheduler_names
 from tests.model.mixed_requests import mixed_requests
+from tests.model.rows import FREEU, Model
 from tests.model.staggered import run_staggered
 from tests.model.stock import Stock
 
@@ -32,11 +34,24 @@ def stock(dtype: torch.dtype, folder: Path = BUNDLED_FOLDER) -> Stock:
     return reference
 
 
+def adapted_requests() -> list[InpaintRequest]:
+    """Requests that change the weights: the example LoRA at two scales, FreeU, both."""
+    model = Model(256, 192, {"pencil": BUNDLED_FOLDER.parent / "loras" / "pencil.safetensors"}, scheduler="dpmpp_2m")
+    lora, weaker = (model.lora(0, 1.0),), (model.lora(0, 0.5),)
+    return [
+        model.request(loras=lora, num_inference_steps=8),
+        model.request(loras=lora, num_inference_steps=6, guidance_scale=1.0),
+        model.request(loras=weaker, num_inference_steps=7, scheduler="euler_a"),
+        model.request(freeu=FREEU, num_inference_steps=8),
+        model.request(freeu=FREEU, loras=lora, num_inference_steps=5),
+    ]
+
+
 def test_mixed_batch_is_no_further_from_fp32_stock_than_fp16_stock() -> None:
     """Compiled or not, padded and mixed with others, a request's picture is as good as stock's own in fp16."""
     settings = Settings(devices=("cuda:0",))
     pipeline = InpaintPipeline(load(settings, torch.device("cuda:0")), "flag")
-    requests = mixed_requests(scheduler_names()[::3], 24, 256)
+    requests = [*mixed_requests(scheduler_names()[::3], 24, 256), *adapted_requests()]
     results, ticks = run_staggered(pipeline, requests, max_images=13)
     assert max(tick.images for tick in ticks) >= 6
 

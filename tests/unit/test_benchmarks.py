@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks import switches
 from benchmarks.figures import median_ratio, percentile, poisson_arrivals
 from benchmarks.load import Answer, Round, closed_loop, fault_of, open_loop
 from benchmarks.report import Comparison, NoGoodAnswerError, document, figures_of, markdown
+from benchmarks.switches import VARIANTS, Costs, outcome_of
 from benchmarks.traffic import MAX_STEPS, MIN_STEPS, SCHEDULERS, draw_jobs, num_model_calls
+from service.settings import Settings
 
 SIZE = 32
 NUMBERS = st.lists(st.floats(min_value=-1e6, max_value=1e6), min_size=1, max_size=50)
@@ -291,3 +294,38 @@ def test_document_holds_every_answer() -> None:
     text = json.dumps(document([Comparison("load", rounds, rounds, is_open=False)], {"model": "demo"}))
     kept = json.loads(text)["comparisons"][0]["service"]["rounds"][0]["answers"]
     assert kept == [{"latency_seconds": 1.0, "fault": None}, {"latency_seconds": 2.0, "fault": "status 500"}]
+
+
+# --- switches ------------------------------------------------------------------------
+
+
+def test_switches_are_compared_with_the_default() -> None:
+    """Seconds are shown in milliseconds, each figure with its ratio to the first line's."""
+    table = switches.markdown({"default": Costs(0.2, 1.0, 400.0, 800.0), "tiled": Costs(0.3, 0.5, 100.0, 1200.0)}, {})
+    assert "| default | 200.0 (1.00) | 1000.0 (1.00) | 400 (1.00) | 800 (1.00) |" in table
+    assert "| tiled | 300.0 (1.50) | 500.0 (0.50) | 100 (0.25) | 1200 (1.50) |" in table
+
+
+def test_refused_switches_say_why() -> None:
+    """What the service would not start with has its reason in the place of figures, and no others suffer."""
+    costs = Costs(0.2, 1.0, 400.0, 800.0)
+    table = switches.markdown({"default": costs, "cudnn": "not here", "math": costs}, {"device": "cpu"})
+    assert "| cudnn | not here | | | |" in table
+    assert "| math | 200.0 (1.00) |" in table
+    assert "- device: cpu" in table
+    without_base = switches.markdown({"default": "not here", "math": costs}, {})
+    assert "| math | 200.0 | 1000.0 | 400 | 800 |" in without_base
+
+
+def test_figures_of_switches_survive_json() -> None:
+    """What a variant's process prints is what its starter reads."""
+    outcomes = {"default": Costs(0.2, 1.0, 400.0, 800.0), "cudnn": "not here"}
+    kept = json.loads(json.dumps(switches.document(outcomes, {"model": "demo"})))
+    assert {name: outcome_of(one) for name, one in kept["variants"].items()} == outcomes
+    assert kept["facts"] == {"model": "demo"}
+
+
+def test_the_default_comes_first_and_changes_nothing() -> None:
+    """The first variant is what the others are compared with; each other one sets something that can be set."""
+    assert next(iter(VARIANTS.items())) == ("default", {})
+    assert all(Settings(**changes) != Settings() for name, changes in VARIANTS.items() if name != "default")
