@@ -34,6 +34,7 @@ def make_checkpoint(
     prediction_type: str = "epsilon",
     time_cond_proj_dim: int | None = None,
     has_asymmetric_vae: bool = False,
+    is_sd2: bool = False,
     text_width: int = 32,
     seed: int = 0,
 ) -> Path:
@@ -47,6 +48,8 @@ def make_checkpoint(
         prediction_type: What the UNet is taken to predict.
         time_cond_proj_dim: Width of a UNet's input for the guidance scale, as LCM-distilled ones have it.
         has_asymmetric_vae: Whether the decoder looks at the picture and its mask.
+        is_sd2: Architecture of Stable Diffusion 2 instead of 1: another UNet attention, an OpenCLIP text encoder,
+            and "!" as the padding token.
         text_width: Of the prompt embeddings.
         seed: Of the weights.
     """
@@ -55,19 +58,8 @@ def make_checkpoint(
     checker = _safety_checker(flags_everything=flags_everything) if has_safety_checker else None
     pipeline = StableDiffusionInpaintPipeline(
         vae=_asymmetric_vae() if has_asymmetric_vae else _vae(),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=514,
-                hidden_size=text_width,
-                intermediate_size=37,
-                num_attention_heads=4,
-                num_hidden_layers=3,
-                bos_token_id=512,
-                eos_token_id=513,
-                pad_token_id=513,
-            )
-        ),
-        tokenizer=_tokenizer(folder),
+        text_encoder=_text_encoder(text_width, is_sd2=is_sd2),
+        tokenizer=_tokenizer(folder, pad_token="!" if is_sd2 else "<|endoftext|>"),
         unet=UNet2DConditionModel(
             sample_size=NATIVE_SIZE // 8,
             in_channels=in_channels,
@@ -77,7 +69,8 @@ def make_checkpoint(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             norm_num_groups=8,
-            attention_head_dim=8,
+            attention_head_dim=(2, 4) if is_sd2 else 8,
+            use_linear_projection=is_sd2,
             cross_attention_dim=text_width,
             time_cond_proj_dim=time_cond_proj_dim,
         ),
@@ -130,7 +123,23 @@ def _asymmetric_vae() -> AsymmetricAutoencoderKL:
     )
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def _text_encoder(width: int, *, is_sd2: bool) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=width,
+            intermediate_size=37,
+            num_attention_heads=4,
+            num_hidden_layers=3,
+            hidden_act="gelu" if is_sd2 else "quick_gelu",
+            bos_token_id=512,
+            eos_token_id=513,
+            pad_token_id=0 if is_sd2 else 513,
+        )
+    )
+
+
+def _tokenizer(folder: Path, *, pad_token: str) -> CLIPTokenizer:
     """Every byte is a token, and so is every byte that ends a word; no merges."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -140,7 +149,7 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}), encoding="utf-8")
     merges.write_text("#version: 0.2\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+    tokenizer = CLIPTokenizer(str(vocabulary), str(merges), pad_token=pad_token, model_max_length=77)
     vocabulary.unlink()
     merges.unlink()
     return tokenizer

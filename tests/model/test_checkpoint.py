@@ -119,3 +119,85 @@ def test_checkpoint_without_safety_checker_needs_consent(tmp_path: Path) -> None
     folder = make_checkpoint(tmp_path / "unchecked", has_safety_checker=False)
     assert "INPAINT_ALLOW_UNCHECKED" in refusal(folder)
     assert not load(Settings(model=str(folder), allow_unchecked=True), CPU).info.has_safety_checker
+
+
+# --- variants and the hub ----------------------------------------------------------------
+
+
+def with_variant(folder: Path, variant: str, factor: float) -> None:
+    """Beside the weights of each part, others of a variant: here multiples, so that one can tell them."""
+    for path in list(folder.glob("*/*.safetensors")):
+        state = {key: factor * tensor for key, tensor in load_file(path).items()}
+        save_file(state, path.with_name(f"{path.stem}.{variant}.safetensors"), metadata={"format": "pt"})
+
+
+def first_weight(folder: Path | str, **changes: object) -> torch.Tensor:
+    return load(Settings(model=str(folder), **changes), CPU).unet.conv_in.weight  # type: ignore[arg-type]
+
+
+def test_variant_of_the_weights(checkpoint: Path) -> None:
+    """`variant` takes the files of that name; a variant that is not there is told, not replaced by another."""
+    with_variant(checkpoint, "fp16", 2.0)
+    plain = first_weight(checkpoint)
+    torch.testing.assert_close(first_weight(checkpoint, variant="fp16"), 2 * plain)
+    assert "bf16" in refusal(checkpoint, variant="bf16")
+
+
+@pytest.fixture
+def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the model hub that holds one model in two revisions, as if both had been downloaded."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--somebody--a-model"
+    for revision, commit, factor in (("main", "a" * 40, 1.0), ("v2", "b" * 40, 3.0)):
+        snapshot = Path(shutil.copytree(checkpoint, repository / "snapshots" / commit))
+        path = snapshot / "unet" / "diffusion_pytorch_model.safetensors"
+        state = {key: factor * tensor for key, tensor in load_file(path).items()}
+        save_file(state, path, metadata={"format": "pt"})
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit, encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(cache), raising=False)
+    return cache
+
+
+@pytest.mark.usefixtures("hub")
+def test_hub_id_and_revision(checkpoint: Path) -> None:
+    """A hub id is taken from the cache where the hub may not be asked; `revision` chooses among what is there."""
+    plain = first_weight(checkpoint)
+    assert torch.equal(first_weight("somebody/a-model", offline=True), plain)
+    torch.testing.assert_close(first_weight("somebody/a-model", offline=True, revision="v2"), 3 * plain)
+    assert load(Settings(model="somebody/a-model", offline=True), CPU).info.id == "somebody/a-model"
+    for changes in ({"revision": "v3"}, {"variant": "fp16"}):
+        assert "somebody/a-model" in refusal("somebody/a-model", offline=True, **changes)
+
+
+def test_loading_tells_what_it_does(checkpoint: Path) -> None:
+    """Each part is announced, for the log and `/readyz`."""
+    stages: list[str] = []
+    load(Settings(model=str(checkpoint)), CPU, stages.append)
+    assert [stage for stage in stages if stage.startswith("loading")] == [
+        "loading unet (1 of 4)",
+        "loading vae (2 of 4)",
+        "loading text_encoder (3 of 4)",
+        "loading safety_checker (4 of 4)",
+    ]
+    assert str(checkpoint.parent) not in " ".join(stages)
+
+
+def test_what_the_model_info_tells_of_special_kinds(tmp_path: Path) -> None:
+    """Prediction type, embedded guidance, the VAE's class and the shapes of tensors, for whoever sends them."""
+    folder = make_checkpoint(
+        tmp_path / "special",
+        in_channels=4,
+        prediction_type="v_prediction",
+        time_cond_proj_dim=16,
+        has_asymmetric_vae=True,
+        text_width=48,
+    )
+    info = load(Settings(model=str(folder)), CPU).info
+    assert (info.prediction_type, info.embeds_guidance, info.vae) == ("v_prediction", True, "AsymmetricAutoencoderKL")
+    assert (info.embeds_width, info.max_tokens, info.max_clip_skip) == (48, 77, 3)
+    assert (info.latent_channels, info.latent_multiple, info.num_train_timesteps) == (4, 8, 1000)
+    assert {"euler", "heun"} <= set(info.timesteps_schedulers)
+    assert {"euler", "euler_karras"} <= set(info.sigmas_schedulers)
+    assert "ddim" not in {*info.timesteps_schedulers, *info.sigmas_schedulers}

@@ -30,7 +30,7 @@ LEVEL = 1 / 255
 KINDS: dict[str, dict[str, Any]] = {
     "inpainting": {},
     "plain": {"in_channels": 4},
-    "v_prediction": {"prediction_type": "v_prediction"},
+    "stable_diffusion_2": {"is_sd2": True, "prediction_type": "v_prediction", "in_channels": 4},
     "embedded_guidance": {"time_cond_proj_dim": 32},
     "asymmetric_vae": {"has_asymmetric_vae": True},
 }
