@@ -21,7 +21,8 @@ from service.api.answers import (
     stage_timings,
 )
 from service.api.events import inpaint_events
-from service.api.fields import MAX_SEED, InpaintFields
+from service.api.field_types import MAX_SEED
+from service.api.fields import InpaintFields
 from service.api.forms import InpaintForm, read_form
 from service.api.loras import resolve_loras
 from service.api.multipart import read_parts

@@ -11,7 +11,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from service import __version__
-from service.api.fields import FreeUFactors, InpaintFields
+from service.api.field_types import FreeUFactors
+from service.api.fields import InpaintFields
 from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS
 from service.api.schemas import InpaintAnswer, Problem
 from service.errors import ErrorCode

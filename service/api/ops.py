@@ -9,13 +9,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
-from service.api.fields import (
-    MAX_CLIP_SKIP,
-    MAX_IMAGES_PER_PROMPT,
-    MAX_PROMPT_CHARACTERS,
-    MAX_STEPS,
-    side_bounds,
-)
+from service.api.field_types import MAX_CLIP_SKIP, MAX_IMAGES_PER_PROMPT, MAX_PROMPT_CHARACTERS, MAX_STEPS
+from service.api.fields import side_bounds
 from service.api.openapi import problems
 from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS, problem_body, problem_headers
 from service.api.records import record_of

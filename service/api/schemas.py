@@ -5,7 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field
 
-from service.api.fields import FreeUFactors, InpaintFields
+from service.api.field_types import FreeUFactors
+from service.api.fields import InpaintFields
 from service.errors import ErrorCode
 from service.imaging import OutputFormat
 from service.request import Batching, InpaintParams, PromptSyntax
