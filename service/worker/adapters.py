@@ -29,6 +29,9 @@ from service.worker.lora_file import LoraLayers, LowRank, read_lora, refused
 MAX_LOADED = 16
 """Files whose matrices are kept; the least recently used ones go first."""
 
+MAX_REFUSED = 256
+"""Files that are remembered as no LoRAs of this model, so that they are not read over and over."""
+
 _MISFIT = "The LoRA is for a model of another architecture."
 
 
@@ -114,6 +117,7 @@ class Adapters:
         self._parts = {"unet": _Part(_weights_of(unet)), "text_encoder": _Part(_weights_of(text_encoder))}
         self._recent: OrderedDict[tuple[str, str], LoadedLora] = OrderedDict()
         self._held: WeakValueDictionary[tuple[str, str], LoadedLora] = WeakValueDictionary()
+        self._refused: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     def load(self, loras: Sequence[LoraUse]) -> tuple[LoadedLora, ...]:
         """Make sure that every file is read, and fits; otherwise nothing changes.
@@ -164,15 +168,26 @@ class Adapters:
     def _load(self, lora: LoraUse) -> LoadedLora:
         """The matrices of a file, read once."""
         key = (lora.path, lora.version)
+        if key in self._refused:
+            raise refused(self._refused[key])
         loaded = self._held.get(key)
         if loaded is None:
-            loaded = LoadedLora(self._fit(read_lora(Path(lora.path), lora.version)))
-            self._held[key] = loaded
+            loaded = self._held[key] = self._read(lora)
         self._recent[key] = loaded
         self._recent.move_to_end(key)
         while len(self._recent) > self._max_loaded:
             self._recent.popitem(last=False)
         return loaded
+
+    def _read(self, lora: LoraUse) -> LoadedLora:
+        try:
+            return LoadedLora(self._fit(read_lora(Path(lora.path), lora.version)))
+        except InpaintError as error:
+            if error.code is ErrorCode.INVALID_LORA:
+                self._refused[lora.path, lora.version] = error.message
+                while len(self._refused) > MAX_REFUSED:
+                    self._refused.popitem(last=False)
+            raise
 
     def _fit(self, layers: Mapping[str, LoraLayers]) -> dict[str, dict[str, LowRank]]:
         return {part: self._parts[part].fit(of_part) for part, of_part in layers.items()}

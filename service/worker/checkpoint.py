@@ -92,8 +92,7 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
         StartupError: It is not there, not complete, pickled or of another kind, or cannot run as the settings ask.
     """
     name, dtype = settings.model_name, _dtype(settings, device)
-    on_stage(f"finding {name}")
-    path = _locate(settings)
+    path = _locate(settings, on_stage)
     try:
         parts = _load_parts(path, dtype, settings, on_stage)
         on_stage(f"moving the weights to {device}")
@@ -185,7 +184,7 @@ def _describe(
     )
 
 
-def _locate(settings: Settings) -> Path:
+def _locate(settings: Settings, on_stage: Callable[[str], None]) -> Path:
     """The folder of the checkpoint, bundled, local or fetched from the hub into its cache; or its one file."""
     if settings.is_bundled_model:
         return BUNDLED_FOLDER
@@ -195,6 +194,7 @@ def _locate(settings: Settings) -> Path:
     if path.exists() or settings.model_name != settings.model:
         state = "is neither a folder in diffusers format nor a .safetensors file" if path.exists() else "does not exist"
         raise StartupError(f"model {settings.model!r} {state}")
+    on_stage(f"looking {settings.model} up in the local cache" if settings.offline else f"fetching {settings.model}")
     try:
         return Path(
             DiffusionPipeline.download(

@@ -12,6 +12,9 @@ import torch
 
 from service.worker.sampler import InstancePlan, InstanceState, Schedule
 
+MASK_MULTIPLE = 8
+"""Masked tokens are filled up to a multiple of this, which fused attention kernels ask of a mask."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Estimate:
@@ -166,7 +169,8 @@ def _stack_embeds(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.T
     lengths = {len(tensor) for tensor in embeds}
     if len(lengths) == 1:
         return torch.stack(list(embeds)), None
-    stacked = torch.nn.utils.rnn.pad_sequence(list(embeds), batch_first=True)
+    longest = -(-max(lengths) // MASK_MULTIPLE) * MASK_MULTIPLE
+    stacked = torch.stack([torch.nn.functional.pad(tensor, (0, 0, 0, longest - len(tensor))) for tensor in embeds])
     mask = torch.zeros(stacked.shape[:2], dtype=stacked.dtype, device=stacked.device)
     for row, tensor in enumerate(embeds):
         mask[row, : len(tensor)] = 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from service.request import InpaintRequest, InpaintResult
 from service.settings import Settings
 from service.worker.checkpoint import BUNDLED_FOLDER, load
 from service.worker.pipeline import InpaintPipeline
+from service.worker.prompts import Prompt, PromptEncoder
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
 from tests.model.embedding_files import diffusers_file, vectors, web_ui_file
 from tests.model.lora_files import make_lora
@@ -69,15 +71,16 @@ class Bench:
             embeds_guidance=info.embeds_guidance,
         )
 
-    def assert_equal(self, requests: dict[str, InpaintRequest], results: dict[str, InpaintResult]) -> None:
-        """Every result is what stock gives for its request run alone."""
+    def assert_equal(self, requests: dict[str, InpaintRequest], *several: dict[str, InpaintResult]) -> None:
+        """Every result, of each run, is what stock gives for its request run alone."""
         off = {}
         for name, request in requests.items():
             expected, flags = self.stock(request)
-            assert results[name].nsfw == tuple(flags) or request.params.output == "latents", name
-            difference = _difference(expected, results[name].images)
-            if difference > LEVEL + 1e-6:
-                off[name] = round(difference * 255, 2)
+            for results in several:
+                assert results[name].nsfw == tuple(flags) or request.params.output == "latents", name
+                difference = _difference(expected, results[name].images)
+                if difference > LEVEL + 1e-6:
+                    off[name] = round(difference * 255, 2)
         assert not off
 
 
@@ -135,43 +138,71 @@ def named(bench: Bench) -> dict[str, InpaintRequest]:
     return requests
 
 
-def run(bench: Bench, requests: dict[str, InpaintRequest]) -> dict[str, InpaintResult]:
-    """Through one worker, staggered."""
-    results, _ = run_staggered(bench.pipeline, list(requests.values()))
+def run(bench: Bench, requests: dict[str, InpaintRequest], *, num_sharing: int = 1) -> dict[str, InpaintResult]:
+    """Through one worker, staggered; some step has so many images at least."""
+    results, ticks = run_staggered(bench.pipeline, list(requests.values()))
+    assert max(tick.images for tick in ticks) >= num_sharing
     return {name: results[str(index)] for index, name in enumerate(requests)}
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
-class TestTinyCheckpoints:
-    """Random weights of each kind of checkpoint."""
+def test_tiny_checkpoints_singly_and_in_one_mixed_batch(kind: str, benches: dict[str, Bench]) -> None:
+    """A request alone in the worker is what stock gives, and so it is among requests of every other kind.
 
-    def test_each_row_singly(self, kind: str, benches: dict[str, Bench]) -> None:
-        """A request alone in the worker is what stock gives."""
-        bench = benches[kind]
-        requests = named(bench)
-        results = {}
-        for name, request in requests.items():
-            results |= run(bench, {name: request})
-        bench.assert_equal(requests, results)
-
-    def test_all_rows_in_one_mixed_batch(self, kind: str, benches: dict[str, Bench]) -> None:
-        """Requests of every kind that arrive while others run: LoRAs, FreeU, embeddings, lists, sizes, none."""
-        bench = benches[kind]
-        requests = list(named(bench).items())
-        random.Random(3).shuffle(requests)  # noqa: S311 - a repeatable choice, no secret
-        bench.assert_equal(dict(requests), run(bench, dict(requests)))
+    They arrive while others run: LoRAs, FreeU, embeddings, lists of steps, sizes, none of these.
+    """
+    bench = benches[kind]
+    requests = named(bench)
+    singly = {name: run(bench, {name: request})[name] for name, request in requests.items()}
+    shuffled = list(requests.items())
+    random.Random(3).shuffle(shuffled)  # noqa: S311 - a repeatable choice, no secret
+    bench.assert_equal(requests, singly, run(bench, dict(shuffled), num_sharing=4))
 
 
 @pytest.mark.timeout(600)
-def test_bundled_model_in_one_mixed_batch(bundled_bench: Bench) -> None:
-    """The model that ships, with its own example LoRA: one request of most rows, all at once."""
-    chosen = {
+def test_bundled_model(bundled_bench: Bench) -> None:
+    """The model that ships, with its own example LoRA: one request of every row, singly and all at once."""
+    bench = bundled_bench
+    requests = {
         name: dataclasses.replace(request, params=dataclasses.replace(request.params, num_images_per_prompt=1))
-        for name, request in named(bundled_bench).items()
+        for name, request in named(bench).items()
         if name.endswith(" 0")
     }
-    bundled_bench.assert_equal(chosen, run(bundled_bench, chosen))
+    singly = {name: run(bench, {name: request})[name] for name, request in requests.items()}
+    bench.assert_equal(requests, singly, run(bench, requests, num_sharing=4))
+
+
+def test_weighted_and_long_prompts_in_a_mixed_batch(benches: dict[str, Bench]) -> None:
+    """AUTOMATIC1111's syntax: what stock gives for the same embeddings, whatever the lengths in the batch.
+
+    Stock needs prompt and negative prompt of one length. A prompt repeated along its tokens is the same to
+    attention, so that the shorter one can be brought to the longer one's.
+    """
+    bench = benches["inpainting"]
+    encoder = PromptEncoder(bench.stock.pipeline.tokenizer, bench.stock.pipeline.text_encoder)
+    requests, expected = {}, {}
+    for name, (text, negative) in {
+        "weighted": ("a (red:1.4) house [grey]", "(blurry:1.2)"),
+        "long": ("a house, " * 30, ""),
+        "both": ("a tree BREAK by the (water:0.7) BREAK at night", "ugly BREAK blurry"),
+    }.items():
+        requests[name] = bench.model.request(prompt=text, negative_prompt=negative, prompt_syntax="a1111")
+        prompts = [Prompt(part, syntax="a1111") for part in (text, negative)]
+        with torch.inference_mode():
+            encoded = encoder.encode(prompts)
+        length = math.lcm(*(len(encoded[prompt]) for prompt in prompts))
+        embeds = [encoded[prompt].repeat(length // len(encoded[prompt]), 1)[None] for prompt in prompts]
+        expected[name], _ = bench.stock(
+            requests[name],
+            prompt=None,
+            negative_prompt=None,
+            **dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True)),
+        )
+    company = {name: request for name, request in named(bench).items() if name.endswith(" 0")}
+    results = run(bench, {**company, **requests})
+    for name, wanted in expected.items():
+        assert _difference(wanted, results[name].images) <= LEVEL + 1e-6, name
 
 
 def test_scale_of_cross_attention_kwargs(benches: dict[str, Bench]) -> None:

@@ -360,6 +360,24 @@ def test_what_cannot_be_used_is_refused_without_a_trace(
         assert_same(weights_of(ours), before)
 
 
+def test_refused_file_is_not_read_again(
+    tmp_path: Path, ours: StableDiffusionInpaintPipeline, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no LoRA is known as such, until the file is another one."""
+    path = tmp_path / "bad.safetensors"
+    _no_lora(path, ours)
+    bad = use(path)
+    with pytest.raises(InpaintError) as first:
+        adapters.load((bad,))
+    with monkeypatch.context() as patch:
+        patch.setattr("service.worker.adapters.read_lora", lambda *_: pytest.fail("it was read again"))
+        with pytest.raises(InpaintError) as second:
+            adapters.load((bad,))
+    assert (second.value.code, second.value.message) == (first.value.code, first.value.message)
+    make_lora(path, ours)
+    adapters.load((use(path),))
+
+
 def test_lora_of_another_architecture_is_refused(
     tmp_path: Path, ours: StableDiffusionInpaintPipeline, adapters: Adapters
 ) -> None:

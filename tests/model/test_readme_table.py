@@ -11,7 +11,7 @@ from tests.model.rows import ROWS
 
 ROOT = Path(__file__).parents[2]
 
-EVERY_ROW = "tests/model/test_every_row.py::test_all_rows_in_one_mixed_batch"
+EVERY_ROW = "tests/model/test_every_row.py::test_tiny_checkpoints_singly_and_in_one_mixed_batch"
 CROP = "tests/model/test_crop_parity.py::test_padded_crop_in_a_mixed_batch"
 EVENTS = "tests/http/test_answers.py::test_events_tell_position_progress_and_the_answer"
 PREVIEWS = "tests/model/test_previews.py::test_previews_approach_the_result"

@@ -188,6 +188,23 @@ def test_schedule_equals_stock(name: str, planner: SchedulePlanner) -> None:
             assert_equals_stock(Case(name, steps, strength, eta), planner, ddim())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_v_prediction_equals_stock(name: str) -> None:
+    """Every scheduler leads through stock's latents where the UNet predicts v; one that cannot read it says so."""
+    base = ddim(prediction_type="v_prediction")
+    planner = SchedulePlanner(base)
+    for strength in (1.0, 0.6):
+        case = Case(name, steps=6, strength=strength)
+        try:
+            run_stock(case, base)
+        except (ValueError, NotImplementedError):
+            with pytest.raises(InpaintError) as refusal:
+                plan_of(planner, case)
+            assert refusal.value.field == "scheduler"
+        else:
+            assert_equals_stock(case, planner, base)
+
+
 @pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_known_region_is_noised_as_stock_does(name: str, planner: SchedulePlanner) -> None:
     """With a 4-channel UNet, the region to keep is put back after each step at stock's noise level."""
