@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from service.errors import ErrorCode, InpaintError
 from service.request import LoraUse
+from service.worker import merging
 from service.worker.adapters import Adapters
 from tests.model.lora_files import FORMATS, make_lora
 
@@ -232,7 +233,9 @@ def test_weights_change_in_place(tmp_path: Path, ours: StableDiffusionInpaintPip
     assert {name: weight.data_ptr() for name, weight in ours.unet.named_parameters()} == pointers
 
 
+@pytest.mark.parametrize("failing", ["_foreach_copy_", "_with_updates"])
 def test_failure_half_way_leaves_no_trace(
+    failing: str,
     tmp_path: Path,
     ours: StableDiffusionInpaintPipeline,
     adapters: Adapters,
@@ -244,23 +247,63 @@ def test_failure_half_way_leaves_no_trace(
     b = use(make_lora(tmp_path / "b.safetensors", ours, "locon", seed=2))
     apply(adapters, (a,))
     with_a = weights_of(ours)
-    real, calls = torch.Tensor.copy_, 0
+    num_calls = 0
 
-    def fail(self: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
+    def copy_some(weights: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        for weight, source in [*zip(weights, sources, strict=True)][:5]:
+            weight.copy_(source)
+        raise torch.OutOfMemoryError
+
+    def merge_some(weight: torch.Tensor, updates: object) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 5:
             raise torch.OutOfMemoryError
-        return real(self, source)
+        return real(weight, updates)  # type: ignore[arg-type]
 
+    real = merging._with_updates
     for after, expected in (((), pristine), ((a,), with_a)):
-        calls = 0
+        num_calls = 0
         with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "copy_", fail)
+            if failing == "_foreach_copy_":
+                patch.setattr(torch, failing, copy_some)
+            else:
+                patch.setattr(merging, failing, merge_some)
             with pytest.raises(torch.OutOfMemoryError):
                 adapters.apply_unet((a, b))
         apply(adapters, after)
         assert_same(weights_of(ours), expected)
+
+
+def test_turns_cost_no_new_products(
+    tmp_path: Path, ours: StableDiffusionInpaintPipeline, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that take turns find their weights merged already, as far as these are kept."""
+    a, b = (use(make_lora(tmp_path / f"{seed}.safetensors", ours, seed=seed)) for seed in (1, 2))
+    seen = {}
+    for lora in (a, b):
+        apply(adapters, (lora,))
+        seen[lora] = weights_of(ours)
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_with_updates", lambda *_: pytest.fail("it was merged again"))
+        for lora in (a, b, a):
+            apply(adapters, (lora,))
+            assert_same(weights_of(ours), seen[lora])
+
+
+def test_merged_weights_that_are_too_large_are_not_kept(
+    tmp_path: Path, ours: StableDiffusionInpaintPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for them is bounded; what is not kept is merged anew, to the same bits."""
+    monkeypatch.setattr(merging.MergedWeights.__init__, "__defaults__", (0,))
+    adapters = Adapters(ours.unet, ours.text_encoder)
+    a, b = (use(make_lora(tmp_path / f"{seed}.safetensors", ours, seed=seed)) for seed in (1, 2))
+    apply(adapters, (a,))
+    first = weights_of(ours)
+    apply(adapters, (b,))
+    assert all(not part._kept for part in adapters._parts.values())
+    apply(adapters, (a,))
+    assert_same(weights_of(ours), first)
 
 
 def test_loaded_lora_outlasts_its_file(tmp_path: Path, ours: StableDiffusionInpaintPipeline) -> None:
@@ -425,6 +468,7 @@ sys.modules["peft"] = None
 from pathlib import Path
 from service.settings import Settings
 import torch
+from service.worker import merging
 from service.worker.adapters import Adapters
 from service.worker.checkpoint import load
 components = load(Settings(model={str(inpainting_checkpoint)!r}), torch.device("cpu"))
