@@ -106,6 +106,8 @@ class InpaintPipeline:
         key = generations[0].key
         self._adapters.apply_unet(key.loras)
         self._set_freeu(key.freeu)
+        if self._components.ip_adapter is not None:
+            self._components.ip_adapter.apply(key.ip_adapter)
         tick(self._components.unet, self._gather(generations), self._pad_rows)
         self._synchronize()
 
