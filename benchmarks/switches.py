@@ -195,13 +195,14 @@ def measure(models: Models, size: int | None, repeats: int) -> Costs:
     with torch.inference_mode(), models.attention.active():
         tokens = torch.zeros(NUM_ROWS, NUM_TOKENS, dtype=torch.long, device=device)
         embeds = models.text_encoder(tokens)[0]
-        step_seconds = _median_seconds(lambda: unet(latents, timesteps, embeds), device, repeats)
+        step_seconds = median_seconds(lambda: unet(latents, timesteps, embeds), device, repeats)
         step_mib = _peak_mib(device)
-        decode_seconds = _median_seconds(lambda: vae.decode(finished), device, repeats)
+        decode_seconds = median_seconds(lambda: vae.decode(finished), device, repeats)
     return Costs(step_seconds, decode_seconds, step_mib, _peak_mib(device))
 
 
-def _median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median of the calls' seconds, the device's work included; two further calls warm up."""
     seconds = []
     for _ in range(2 + repeats):
         started_at = time.perf_counter()

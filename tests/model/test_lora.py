@@ -119,7 +119,7 @@ def assert_same(actual: State, expected: State) -> None:
 # --- equal to stock ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("file_format", "scale"), itertools.product(FORMATS, (1.0, -0.6)))
+@pytest.mark.parametrize(("file_format", "scale"), [*itertools.product(FORMATS, (1.0, -0.6))])
 def test_each_format_is_merged_as_stock_adds_it(  # noqa: PLR0917 - fixtures
     file_format: str,
     scale: float,

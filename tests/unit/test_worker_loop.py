@@ -1,6 +1,7 @@
 """The worker's loop: join and leave at step boundaries, exactly one answer each, neighbours unharmed."""
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,19 @@ def fails_for(stage: str, victim: str, error: Exception) -> FakePipeline:
     return FakePipeline(fail_on)
 
 
+def held_at_second_step() -> tuple[FakePipeline, threading.Event]:
+    """A pipeline that does its second step once the event is set: what is sent before that arrives in time."""
+    gate, num_steps = threading.Event(), 0
+
+    def hold(stage: str, _generations: Sequence[Generation]) -> None:
+        nonlocal num_steps
+        num_steps += stage == "step"
+        if stage == "step" and num_steps == 2:
+            assert gate.wait(60)
+
+    return FakePipeline(hold), gate
+
+
 def test_requests_with_different_steps_leave_when_they_are_done() -> None:
     """A short request does not wait for a long one in its batch."""
     reports = run(
@@ -67,11 +81,13 @@ def test_requests_with_different_steps_leave_when_they_are_done() -> None:
 
 def test_request_joins_between_steps() -> None:
     """A request that arrives while a batch runs shares its next step."""
-    worker = DrivenWorker(FakePipeline())
+    pipeline, gate = held_at_second_step()
+    worker = DrivenWorker(pipeline)
     worker.send(Submit("first", make_request(num_inference_steps=150)))
     worker.start()
     assert isinstance(worker.receive(), Ticked)
     worker.send(Submit("second", make_request(num_inference_steps=2)), Drain())
+    gate.set()
     reports = worker.reports()
     assert set(answers(reports)) == {"first", "second"}
     assert max(tick.images for tick in ticks(reports)) == 2
@@ -93,13 +109,15 @@ def test_result_carries_pictures_and_ordered_times() -> None:
 
 def test_cancelled_request_leaves_at_the_next_step() -> None:
     """A cancel is answered once, and the batch goes on without the request."""
-    worker = DrivenWorker(FakePipeline())
+    pipeline, gate = held_at_second_step()
+    worker = DrivenWorker(pipeline)
     worker.send(
         Submit("gone", make_request(num_inference_steps=150)), Submit("stays", make_request(num_inference_steps=150))
     )
     worker.start()
     assert isinstance(worker.receive(), Ticked)
     worker.send(Cancel("gone"), Cancel("unknown"), Drain())
+    gate.set()
     reports = worker.reports()
     gone = answers(reports)["gone"]
     assert isinstance(gone, Failed)
