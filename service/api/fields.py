@@ -17,13 +17,15 @@ from pydantic import (
     field_validator,
 )
 
+from service.api.ip_adapter import SCALE_SCHEMA, IpAdapterScale
 from service.api.json_text import fault, read_json
 from service.api.loras import LORAS_SCHEMA, LoraChoice, parse_loras
+from service.api.scales import read_block_scales, read_scale
 from service.errors import ErrorCode
 from service.fitting import Size
 from service.imaging import OutputFormat
 from service.messages import ModelInfo
-from service.request import Batching, FreeU, InpaintParams, LoraUse, Output, PromptSyntax
+from service.request import Batching, FreeU, InpaintParams, IpAdapterUse, LoraUse, Output, PromptSyntax
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_STEPS = 150
@@ -99,6 +101,15 @@ def _loras(value: object) -> object:
     return parse_loras(value) if isinstance(value, str) else value
 
 
+def _ip_adapter_scale(value: object) -> object:
+    """Read a number, or a JSON object with one for each block."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("{"):
+        return IpAdapterScale(0.0, read_block_scales(read_json(value, has_integers=False)))
+    return IpAdapterScale(read_scale(_number(value)))
+
+
 def _whole_number(value: object) -> object:
     """In JSON, 3 but neither 3.0, "3" nor true."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -165,6 +176,7 @@ class FreeUFactors(BaseModel):
 
 
 Loras = Annotated[tuple[LoraChoice, ...], PlainValidator(_loras), WithJsonSchema(LORAS_SCHEMA)]
+IpAdapterScaleField = Annotated[IpAdapterScale, PlainValidator(_ip_adapter_scale), WithJsonSchema(SCALE_SCHEMA)]
 FreeUField = Annotated[FreeUFactors, BeforeValidator(_json)]
 
 
@@ -234,6 +246,12 @@ class InpaintFields(BaseModel):
         (),
         description='LoRAs, as JSON: `[{"name": "pencil", "scale": 0.8}]`, of those in `/v1/adapters`. A scale may be '
         'an object: `{"unet": 0.8, "text_encoder": 0.5}`, and that of the UNet one by block, as in `set_adapters`.',
+    )
+    ip_adapter_scale: IpAdapterScaleField | None = Field(
+        None,
+        description="How much `ip_adapter_image` or its embeddings count. A number, or one by block as JSON, as in "
+        '`set_ip_adapter_scale`: `{"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}}`; blocks that '
+        "are left out have 0.",
     )
     freeu: FreeUField | None = Field(
         None, description='FreeU, as JSON: `{"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}` for Stable Diffusion 1.x.'
@@ -312,7 +330,14 @@ class InpaintFields(BaseModel):
             raise fault(ErrorCode.OUT_OF_RANGE, f"Input should be from {min_side} to {max_side}")
         return side
 
-    def params(self, model: ModelInfo, working: Size, seed: int, loras: tuple[LoraUse, ...]) -> InpaintParams:
+    def params(
+        self,
+        model: ModelInfo,
+        working: Size,
+        seed: int,
+        loras: tuple[LoraUse, ...],
+        ip_adapter: IpAdapterUse | None,
+    ) -> InpaintParams:
         """The parameters with every default filled in.
 
         Args:
@@ -320,6 +345,7 @@ class InpaintFields(BaseModel):
             working: The working size.
             seed: Used when the client named none.
             loras: The files that `loras` names.
+            ip_adapter: How to use the IP-Adapter.
         """
         return InpaintParams(
             prompt=self.prompt or "",
@@ -340,6 +366,7 @@ class InpaintFields(BaseModel):
             sigmas=self.sigmas,
             loras=loras,
             freeu=None if self.freeu is None else FreeU(**self.freeu.model_dump()),
+            ip_adapter=ip_adapter,
             embeds_guidance=model.embeds_guidance,
             output=_OUTPUTS.get(self.output_format, "pixels"),
             previews=self.previews,

@@ -9,8 +9,8 @@ import yaml
 
 from service.api.app import create_app
 from service.api.fields import InpaintFields
+from service.api.forms import FILES
 from service.api.openapi import to_yaml
-from service.api.tensors import TENSORS
 from service.engine.engine import Engine
 from service.metrics import Metrics
 from service.settings import load_settings
@@ -54,7 +54,7 @@ def test_form_has_files_bounds_defaults_and_descriptions(document: dict[str, Any
     assert prompt["anyOf"] == [{"required": ["prompt"]}, {"required": ["prompt_embeds"]}]
     assert image["anyOf"][0] == {"required": ["image"]}
     assert form["additionalProperties"] is False
-    assert list(form["properties"]) == ["image", "mask", *TENSORS, *InpaintFields.model_fields]
+    assert list(form["properties"]) == [*FILES, *InpaintFields.model_fields]
     assert form["properties"]["image"]["format"] == form["properties"]["mask"]["format"] == "binary"
     assert all(field["description"] for field in form["properties"].values())
     steps, seed = form["properties"]["num_inference_steps"], form["properties"]["seed"]
