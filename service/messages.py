@@ -5,9 +5,12 @@ also after a `Cancel`. Everything else is information.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from service.errors import ErrorCode
 from service.request import InpaintRequest, InpaintResult, Pixels
+
+IpAdapterKind = Literal["plain", "full", "plus"]
 
 # --- API process -> worker ---------------------------------------------------
 
@@ -76,6 +79,26 @@ class LoraInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class IpAdapterInfo:
+    """The IP-Adapter that requests can use.
+
+    Attributes:
+        name: Its file's.
+        kind: "plain" takes one embedding of a picture; "full" and "plus" take one of each of its patches, which
+            "plus" resamples.
+        embeds_width: D of `ip_adapter_image_embeds`.
+        embeds_tokens: T that the image encoder gives; None where there is none, or of the plain kind.
+        takes_images: Whether there is an image encoder; else embeddings have to be sent.
+    """
+
+    name: str
+    kind: IpAdapterKind
+    embeds_width: int
+    embeds_tokens: int | None
+    takes_images: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The loaded model, the same for every worker of a service.
 
@@ -102,6 +125,7 @@ class ModelInfo:
         embeddings: Textual inversions that prompts can name.
         vae: The autoencoder's class.
         attention_backend: What computes attention.
+        ip_adapter: The loaded IP-Adapter, None for none.
     """
 
     id: str
@@ -126,6 +150,7 @@ class ModelInfo:
     embeddings: tuple[EmbeddingInfo, ...] = ()
     vae: str = "AutoencoderKL"
     attention_backend: str = "auto"
+    ip_adapter: IpAdapterInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,22 @@ class FreeU:
 
 
 @dataclass(frozen=True, slots=True)
+class IpAdapterUse:
+    """The IP-Adapter as a request uses it.
+
+    Attributes:
+        scale: Weight of the picture, as in stock's `set_ip_adapter_scale`.
+        block_scales: Weights by UNet block, the nested mapping of `set_ip_adapter_scale` as JSON; "" where there is
+            but one.
+        embeds_shape: Of what a UNet row is given: (pictures,), or (pictures, T) where each has several embeddings.
+    """
+
+    scale: float
+    block_scales: str = ""
+    embeds_shape: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True, slots=True)
 class InpaintParams:
     """The scalar arguments of the stock pipeline's call, resolved: no field is "use the default" any more.
 
@@ -76,6 +92,7 @@ class InpaintParams:
         sigmas: Noise levels that replace the scheduler's own, likewise.
         loras: LoRAs to apply, in the order asked for.
         freeu: FreeU's factors, None for none.
+        ip_adapter: How to use the IP-Adapter, None for a request without it.
         embeds_guidance: Whether the UNet takes the guidance scale as an input, as LCM-distilled ones do.
         output: What the result's images are: pixels, floats from 0 to 1, or latents.
         previews: Whether to show pictures of the unfinished steps.
@@ -99,6 +116,7 @@ class InpaintParams:
     sigmas: tuple[float, ...] | None = None
     loras: tuple[LoraUse, ...] = ()
     freeu: FreeU | None = None
+    ip_adapter: IpAdapterUse | None = None
     embeds_guidance: bool = False
     output: Output = "pixels"
     previews: bool = False
@@ -127,6 +145,8 @@ class InpaintTensors:
         latents: (n, C, h, w) initial noise.
         masked_image_latents: (1 or n, C, h, w), scaled.
         image_latents: (1 or n, C, h, w), scaled: what stock takes in the place of `image`.
+        ip_adapter_image_embeds: (2 or 1, m, [T,] D) of m pictures, behind those of no picture when guided; what
+            stock takes as a list of one.
     """
 
     prompt_embeds: Floats | None = None
@@ -134,6 +154,7 @@ class InpaintTensors:
     latents: Floats | None = None
     masked_image_latents: Floats | None = None
     image_latents: Floats | None = None
+    ip_adapter_image_embeds: Floats | None = None
 
 
 NO_TENSORS = InpaintTensors()
@@ -150,6 +171,7 @@ class InpaintRequest:
         admitted_at: `time.monotonic()` of admission, comparable across processes of one machine.
         deadline: `time.monotonic()` after which nobody waits for the answer.
         tensors: What the client has computed itself.
+        ip_adapter_image: A picture to paint by, (H, W, 3) uint8 RGB of any size.
     """
 
     params: InpaintParams
@@ -158,6 +180,7 @@ class InpaintRequest:
     admitted_at: float
     deadline: float
     tensors: InpaintTensors = NO_TENSORS
+    ip_adapter_image: Pixels | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def _blank_is_none(value: object) -> object:
 CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 BlankIsNone = BeforeValidator(_blank_is_none)
 OptionalText = Annotated[str | None, BlankIsNone]
-OptionalFolder = Annotated[Path | None, BlankIsNone]
+OptionalPath = Annotated[Path | None, BlankIsNone]
 AttentionBackend = Literal["auto", "math", "flash", "efficient", "cudnn", "xformers"]
 OptionalPort = Annotated[Annotated[int, Field(ge=0, le=65535)] | None, BlankIsNone]
 
@@ -76,9 +76,16 @@ class Settings(BaseModel):
     attention_backend: AttentionBackend = Field("auto", description="What computes attention.")
 
     # Adapters.
-    lora_dir: OptionalFolder = Field(None, description="Folder of LoRAs, <name>.safetensors each.")
-    embeddings_dir: OptionalFolder = Field(
+    lora_dir: OptionalPath = Field(None, description="Folder of LoRAs, <name>.safetensors each.")
+    embeddings_dir: OptionalPath = Field(
         None, description="Folder of textual inversions, .safetensors each, loaded at start."
+    )
+    ip_adapter: OptionalPath = Field(
+        None, description="IP-Adapter: a .safetensors file, or a folder with one, loaded at start."
+    )
+    ip_adapter_image_encoder: OptionalPath = Field(
+        None,
+        description="Folder of its image encoder; by default image_encoder beside the weights, if it exists.",
     )
     max_adapter_mib: float = Field(512.0, gt=0, description="Largest LoRA in MiB that can be uploaded.")
 

@@ -29,6 +29,7 @@ Words in a LoRA's header (its metadata, or names of tensors) do the same while i
     die_after_ready=1    it dies as soon as it is ready
     load_forever=1       it never becomes ready
     startup_gate=PATH    it becomes ready when the file exists
+    ip_adapter=KIND      the model has an IP-Adapter: plain or plus, or bare, which is plain without an image encoder
 """
 
 import dataclasses
@@ -54,6 +55,7 @@ from service.messages import (
     Failed,
     Finished,
     InspectLora,
+    IpAdapterInfo,
     Loading,
     LoraInfo,
     LoraInspected,
@@ -86,6 +88,13 @@ MODEL = ModelInfo(
 )
 
 
+IP_ADAPTERS = {
+    "plain": IpAdapterInfo("plain.safetensors", "plain", 12, None, takes_images=True),
+    "plus": IpAdapterInfo("plus.safetensors", "plus", 16, 26, takes_images=True),
+    "bare": IpAdapterInfo("bare.safetensors", "plain", 12, None, takes_images=False),
+}
+
+
 def paint(params: InpaintParams, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The only right answer to a request: noise of its own where the mask is white, (n, height, width, 3)."""
     images = []
@@ -106,6 +115,10 @@ def paint_output(request: InpaintRequest) -> NDArray[np.uint8] | NDArray[np.floa
     if params.output == "latents":
         sides = (MODEL.latent_channels, params.height // 8, params.width // 8)
         sums = sum(float(tensor.sum()) for tensor in dataclasses.astuple(request.tensors) if tensor is not None)
+        if params.ip_adapter is not None:
+            sums += 1000 * params.ip_adapter.scale + sum(params.ip_adapter.embeds_shape)
+        if request.ip_adapter_image is not None:
+            sums += float(request.ip_adapter_image.mean())
         return np.stack(
             [np.full(sides, params.seed + index + sums, np.float32) for index in range(params.num_images_per_prompt)]
         )
@@ -125,7 +138,7 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
     options.wait_until_loaded(connection)
     connection.send(
         Ready(
-            model=MODEL,
+            model=dataclasses.replace(MODEL, ip_adapter=IP_ADAPTERS.get(options.ip_adapter)),
             device=device,
             dtype="float32",
             max_images=settings.max_images or options.max_images,
@@ -152,6 +165,7 @@ class Options:
     die_after_ready: bool = False
     load_forever: bool = False
     startup_gate: str = ""
+    ip_adapter: str = ""
 
     @classmethod
     def of(cls, settings: Settings) -> "Options":

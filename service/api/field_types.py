@@ -6,8 +6,10 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from service.api.ip_adapter import SCALE_SCHEMA, IpAdapterScale
 from service.api.json_text import fault, read_json
 from service.api.loras import LORAS_SCHEMA, LoraChoice, parse_loras
+from service.api.scales import read_block_scales, read_scale
 from service.errors import ErrorCode
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -78,6 +80,15 @@ def _loras(value: object) -> object:
     return parse_loras(value) if isinstance(value, str) else value
 
 
+def _ip_adapter_scale(value: object) -> object:
+    """Read a number, or a JSON object with one for each block."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("{"):
+        return IpAdapterScale(0.0, read_block_scales(read_json(value, has_integers=False)))
+    return IpAdapterScale(read_scale(_number(value)))
+
+
 def _whole_number(value: object) -> object:
     """In JSON, 3 but neither 3.0, "3" nor true."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -144,4 +155,5 @@ class FreeUFactors(BaseModel):
 
 
 Loras = Annotated[tuple[LoraChoice, ...], PlainValidator(_loras), WithJsonSchema(LORAS_SCHEMA)]
+IpAdapterScaleField = Annotated[IpAdapterScale, PlainValidator(_ip_adapter_scale), WithJsonSchema(SCALE_SCHEMA)]
 FreeUField = Annotated[FreeUFactors, BeforeValidator(_json)]

@@ -10,6 +10,7 @@ from service.api.field_types import (
     Boolean,
     FreeUField,
     Integer,
+    IpAdapterScaleField,
     Loras,
     Margin,
     Number,
@@ -27,7 +28,7 @@ from service.errors import ErrorCode
 from service.fitting import Size
 from service.imaging import OutputFormat
 from service.messages import ModelInfo
-from service.request import Batching, FreeU, InpaintParams, LoraUse, Output, PromptSyntax
+from service.request import Batching, FreeU, InpaintParams, IpAdapterUse, LoraUse, Output, PromptSyntax
 
 _OUTPUTS: Mapping[str, Output] = {"npy": "floats", "latent": "latents"}
 
@@ -102,6 +103,12 @@ class InpaintFields(BaseModel):
         (),
         description='LoRAs, as JSON: `[{"name": "pencil", "scale": 0.8}]`, of those in `/v1/adapters`. A scale may be '
         'an object: `{"unet": 0.8, "text_encoder": 0.5}`, and that of the UNet one by block, as in `set_adapters`.',
+    )
+    ip_adapter_scale: IpAdapterScaleField | None = Field(
+        None,
+        description="How much `ip_adapter_image` or its embeddings count. A number, or one by block as JSON, as in "
+        '`set_ip_adapter_scale`: `{"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}}`; blocks that '
+        "are left out have 0.",
     )
     freeu: FreeUField | None = Field(
         None, description='FreeU, as JSON: `{"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}` for Stable Diffusion 1.x.'
@@ -180,7 +187,14 @@ class InpaintFields(BaseModel):
             raise fault(ErrorCode.OUT_OF_RANGE, f"Input should be from {min_side} to {max_side}")
         return side
 
-    def params(self, model: ModelInfo, working: Size, seed: int, loras: tuple[LoraUse, ...]) -> InpaintParams:
+    def params(
+        self,
+        model: ModelInfo,
+        working: Size,
+        seed: int,
+        loras: tuple[LoraUse, ...],
+        ip_adapter: IpAdapterUse | None,
+    ) -> InpaintParams:
         """The parameters with every default filled in.
 
         Args:
@@ -188,6 +202,7 @@ class InpaintFields(BaseModel):
             working: The working size.
             seed: Used when the client named none.
             loras: The files that `loras` names.
+            ip_adapter: How to use the IP-Adapter.
         """
         return InpaintParams(
             prompt=self.prompt or "",
@@ -208,6 +223,7 @@ class InpaintFields(BaseModel):
             sigmas=self.sigmas,
             loras=loras,
             freeu=None if self.freeu is None else FreeU(**self.freeu.model_dump()),
+            ip_adapter=ip_adapter,
             embeds_guidance=model.embeds_guidance,
             output=_OUTPUTS.get(self.output_format, "pixels"),
             previews=self.previews,

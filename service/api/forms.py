@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from service.api.fields import InpaintFields, side_bounds
+from service.api.ip_adapter import IMAGE, ip_adapter_faults
 from service.api.multipart import Part
 from service.api.problems import Fault, InvalidRequest
 from service.api.tensors import LATENTS, TENSORS, TensorChecks, TensorFault, read_tensor
@@ -19,7 +20,7 @@ from service.imaging import ArrayFormat
 from service.messages import ModelInfo
 from service.request import Floats
 
-FILES = ("image", "mask", *TENSORS)
+FILES = ("image", "mask", IMAGE, *TENSORS)
 
 _PROMPTS = ("prompt", "negative_prompt")
 _SANE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -45,14 +46,16 @@ class InpaintForm:
     Attributes:
         image: The picture's file; None when its latents were sent in its place.
         mask: The mask's file; None when the picture's alpha is the mask.
+        ip_adapter_image: The file of a picture to paint by.
         fields: The scalar fields.
-        embeds: Embeddings of prompts by field, (T, D) each.
+        embeds: Embeddings by field: of prompts, (T, D) each, and of pictures to paint by.
         latents: Latents by field, of any shape so far: see `TensorChecks.latents`.
         is_format_named: Whether `output_format` was sent, and is not merely the default.
     """
 
     image: bytes | None
     mask: bytes | None
+    ip_adapter_image: bytes | None
     fields: InpaintFields
     embeds: Mapping[str, Floats]
     latents: Mapping[str, Floats]
@@ -70,6 +73,9 @@ def read_form(parts: Sequence[Part], model: ModelInfo) -> InpaintForm:
         InvalidRequest: Unknown, duplicate, missing or wrong fields.
     """
     faults = list(_structural_faults(parts))
+    faulty = {fault.field for fault in faults}
+    names = {part.name for part in parts}
+    faults += [fault for fault in ip_adapter_faults(names, model.ip_adapter) if fault.field not in faulty]
     faulty = {fault.field for fault in faults}
     texts: dict[str, str] = {}
     for part in parts:
@@ -98,8 +104,10 @@ def read_form(parts: Sequence[Part], model: ModelInfo) -> InpaintForm:
     embeds: Mapping[str, Floats] = {}
     if fields is not None:
         checks = TensorChecks(model, fields.num_images_per_prompt, is_guided=fields.is_guided(model))
-        embeds, shape_faults = checks.embeds(tensors)
-        faults += [*shape_faults, *_array_faults(fields)]
+        prompt_embeds, prompt_faults = checks.embeds(tensors)
+        image_embeds, image_faults = checks.image_embeds(tensors)
+        embeds = prompt_embeds | image_embeds
+        faults += [*prompt_faults, *image_faults, *_array_faults(fields)]
     if faults or fields is None:
         raise InvalidRequest(tuple(sorted(faults, key=lambda fault: _place(fault.field))))
 
@@ -108,6 +116,7 @@ def read_form(parts: Sequence[Part], model: ModelInfo) -> InpaintForm:
     return InpaintForm(
         image=files.get("image"),
         mask=files.get("mask"),
+        ip_adapter_image=files.get(IMAGE),
         fields=_sized(fields, checks.working_size(latents), model),
         embeds=embeds,
         latents=latents,

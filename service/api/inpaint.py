@@ -24,6 +24,7 @@ from service.api.events import inpaint_events
 from service.api.field_types import MAX_SEED
 from service.api.fields import InpaintFields
 from service.api.forms import InpaintForm, read_form
+from service.api.ip_adapter import ip_adapter_use
 from service.api.loras import resolve_loras
 from service.api.multipart import read_parts
 from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES
@@ -134,12 +135,16 @@ async def _submit(
     )
     # Such that the last image's own seed can be asked for, too.
     random_seed = randbelow(MAX_SEED + 2 - fields.num_images_per_prompt)
-    params = fields.params(model, canvas.fitted.placement.working, random_seed, loras)
+    embeds = canvas.tensors.ip_adapter_image_embeds
+    has_image = canvas.ip_adapter_image is not None
+    ip_adapter = ip_adapter_use(fields.ip_adapter_scale, model.ip_adapter, embeds, has_image=has_image)
+    params = fields.params(model, canvas.fitted.placement.working, random_seed, loras, ip_adapter)
     handle = state.engine.submit(
         params,
         canvas.fitted.image,
         canvas.fitted.mask,
         tensors=canvas.tensors,
+        ip_adapter_image=canvas.ip_adapter_image,
         timeout_seconds=fields.timeout,
         request_id=record_of(request.scope).request_id,
     )

@@ -5,22 +5,17 @@ of which the former may go into blocks: `{"down": 0.9, "mid": 1, "up": {"block_0
 """
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 from service.api.json_text import fault, read_json
+from service.api.scales import MAX_SCALE, read_block_scales, read_scale
 from service.engine.adapters import AdapterFolder
 from service.errors import ErrorCode
 from service.request import LoraUse
 
 MAX_LORAS = 8
-MAX_SCALE = 10
-MAX_BLOCK_SCALES = 64
-
-_BLOCK = re.compile(r"block_(0|[1-9][0-9]?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,50 +120,10 @@ def _choice(entry: object) -> LoraChoice:
     if not isinstance(name, str):
         raise fault(ErrorCode.INVALID_FIELD, "Input should name each LoRA by a text")
     if not isinstance(scale, dict):
-        return LoraChoice(name, _number(scale), _number(scale))
+        return LoraChoice(name, read_scale(scale), read_scale(scale))
     if not set(scale) <= {"unet", "text_encoder"}:
         raise fault(ErrorCode.INVALID_FIELD, "A scale should be a number, or an object with unet and text_encoder")
-    unet, text_encoder = scale.get("unet", 1.0), _number(scale.get("text_encoder", 1.0))
+    unet, text_encoder = scale.get("unet", 1.0), read_scale(scale.get("text_encoder", 1.0))
     if not isinstance(unet, dict):
-        return LoraChoice(name, _number(unet), text_encoder)
-    return LoraChoice(name, text_encoder_scale=text_encoder, block_scales=_block_scales(unet))
-
-
-def _block_scales(blocks: dict[str, object]) -> str:
-    """The weights by block, checked, as canonical JSON."""
-    numbers = list(_block_numbers(blocks))
-    if len(numbers) > MAX_BLOCK_SCALES:
-        raise fault(ErrorCode.OUT_OF_RANGE, f"A LoRA should have at most {MAX_BLOCK_SCALES} scales")
-    for number in numbers:
-        _number(number)
-    return json.dumps(blocks, sort_keys=True, separators=(",", ":")) if numbers else ""
-
-
-def _block_numbers(blocks: dict[str, object]) -> Iterator[object]:
-    """What stands where `set_adapters` has numbers."""
-    for part, value in blocks.items():
-        if part not in ("down", "mid", "up"):
-            raise fault(ErrorCode.INVALID_FIELD, "The scales of a UNet should be for down, mid or up")
-        if part == "mid" and isinstance(value, list) and len(value) > 1:
-            raise fault(ErrorCode.INVALID_FIELD, "The scale of mid should be one number")
-        if part == "mid" or not isinstance(value, dict):
-            yield from _one_or_several(value)
-            continue
-        for block, scales in value.items():
-            if not _BLOCK.fullmatch(block):
-                raise fault(ErrorCode.INVALID_FIELD, "The scales of blocks should be for block_0, block_1 and so on")
-            yield from _one_or_several(scales)
-
-
-def _one_or_several(value: object) -> list[object]:
-    if value == []:
-        raise fault(ErrorCode.INVALID_FIELD, "A list of scales should not be empty")
-    return value if isinstance(value, list) else [value]
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise fault(ErrorCode.INVALID_FIELD, "A scale should be a number")
-    if not isfinite(value) or abs(value) > MAX_SCALE:
-        raise fault(ErrorCode.OUT_OF_RANGE, f"A scale should be from -{MAX_SCALE} to {MAX_SCALE}")
-    return float(value)
+        return LoraChoice(name, read_scale(unet), text_encoder)
+    return LoraChoice(name, text_encoder_scale=text_encoder, block_scales=read_block_scales(unet))

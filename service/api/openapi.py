@@ -71,6 +71,9 @@ _TENSOR_TEXTS = {
     "masked_image_latents": "(1 or n, C, h, w) scaled latents of the picture without what is repainted.",
     "image_latents": "(1 or n, C, h, w) scaled latents of the picture; with those of the masked one and a mask, the "
     "picture itself can be left out.",
+    "ip_adapter_image_embeds": "(2, n, D) embeddings of n pictures in the place of `ip_adapter_image`, those of no "
+    "picture first; (1, n, D) without guidance. With T of each picture, (2 or 1, n, T, D): see `ip_adapter` in "
+    "`/v1/models`.",
 }
 
 
@@ -82,6 +85,9 @@ def _form_schema() -> dict[str, Any]:
         "mask": _file(
             "White (at least half) is repainted, black is kept; same size as the image. "
             "Left out: the image's alpha is the mask, fully transparent is repainted."
+        ),
+        "ip_adapter_image": _file(
+            "A picture to paint by, PNG, JPEG or WebP of any size; for models with an IP-Adapter, see `/v1/models`."
         ),
         **{name: _file(f"{text} {_TENSOR_TEXT}") for name, text in _TENSOR_TEXTS.items()},
         **{name: _without_null(field) for name, field in schema["properties"].items()},
@@ -130,6 +136,7 @@ INPAINT_OPERATION: dict[str, Any] = {
                 "encoding": {
                     "image": {"contentType": _PICTURE_TYPES},
                     "mask": {"contentType": _PICTURE_TYPES},
+                    "ip_adapter_image": {"contentType": _PICTURE_TYPES},
                     **{name: {"contentType": "application/json"} for name in _JSON_FIELDS},
                 },
             }

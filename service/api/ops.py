@@ -1,6 +1,7 @@
 """What operators and clients ask besides pictures: health, readiness, metrics, the served model."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,6 +24,7 @@ from service.api.schemas import (
     Readiness,
     ReadyWorker,
     ServedEmbedding,
+    ServedIpAdapter,
     ServedModel,
     WorkingSize,
 )
@@ -176,6 +178,7 @@ def _served(state: ServiceState, model: ModelInfo, adapters: list[ModelAdapter])
         embeddings=[
             ServedEmbedding(token=embedding.token, num_vectors=embedding.num_vectors) for embedding in model.embeddings
         ],
+        ip_adapter=None if model.ip_adapter is None else ServedIpAdapter(**asdict(model.ip_adapter)),
         has_safety_checker=model.has_safety_checker,
         nsfw_policy=settings.nsfw_policy,
         adapters=adapters,

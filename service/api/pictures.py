@@ -8,6 +8,7 @@ import numpy as np
 from service import fitting, imaging
 from service.api.fields import InpaintFields
 from service.api.forms import InpaintForm
+from service.api.ip_adapter import IMAGE
 from service.api.problems import Fault, InvalidRequest
 from service.api.tensors import TensorChecks
 from service.errors import ErrorCode
@@ -29,12 +30,14 @@ class Canvas:
         mask: (H, W) uint8, shaped as asked.
         fitted: What the model paints on.
         tensors: What the client has computed itself, at working size.
+        ip_adapter_image: (H, W, 3) uint8 RGB of the picture to paint by, where there is one.
     """
 
     upload: Upload
     mask: Pixels
     fitted: Fitted
     tensors: InpaintTensors
+    ip_adapter_image: Pixels | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,9 @@ def prepare_canvas(
     _require_something_to_paste_into(form, output_format)
     started_at = time.monotonic()
     upload = imaging.decode_upload(form.image, form.mask, max_pixels=max_pixels)
+    ip_adapter_image = None
+    if form.ip_adapter_image is not None:
+        ip_adapter_image = imaging.decode_picture(form.ip_adapter_image, IMAGE, max_pixels=max_pixels)
     decoded_at = time.monotonic()
     mask = imaging.shape_mask(upload.mask, invert=fields.mask_invert, grow=fields.mask_grow, blur=fields.mask_blur)
     imaging.require_nonempty(mask)
@@ -95,7 +101,7 @@ def prepare_canvas(
     imaging.require_encodable(output_format, size.height, size.width)
     metrics.observe_stage("decode", decoded_at - started_at)
     metrics.observe_stage("fit", time.monotonic() - decoded_at)
-    return Canvas(upload, mask, fitted, InpaintTensors(**form.embeds, **latents))
+    return Canvas(upload, mask, fitted, InpaintTensors(**form.embeds, **latents), ip_adapter_image)
 
 
 def _require_something_to_paste_into(form: InpaintForm, output_format: OutputFormat) -> None:

@@ -7,8 +7,10 @@ from pydantic import BaseModel, Field
 
 from service.api.field_types import FreeUFactors
 from service.api.fields import InpaintFields
+from service.api.ip_adapter import effective_scale
 from service.errors import ErrorCode
 from service.imaging import OutputFormat
+from service.messages import IpAdapterKind
 from service.request import Batching, InpaintParams, PromptSyntax
 
 _RESOLVED = frozenset(
@@ -44,6 +46,7 @@ class EffectiveParameters(BaseModel):
     padding_mask_crop: int | None
     clip_skip: int
     loras: list[EffectiveLora]
+    ip_adapter_scale: float | dict[str, Any] | None = Field(description="Null without a picture to paint by.")
     freeu: FreeUFactors | None
     mask_blur: int
     mask_grow: int
@@ -56,10 +59,11 @@ class EffectiveParameters(BaseModel):
     @classmethod
     def of(cls, fields: InpaintFields, params: InpaintParams, tensors: Sequence[str]) -> Self:
         """From what was sent and what became of it; the latter wins."""
-        sent = fields.model_dump(include=set(cls.model_fields) - {"loras"})
+        sent = fields.model_dump(include=set(cls.model_fields) - {"loras", "ip_adapter_scale"})
         resolved = {name: getattr(params, name) for name in sent if name in _RESOLVED}
         loras = [EffectiveLora(name=lora.name, scale=lora.scale) for lora in fields.loras]
-        return cls(**{**sent, **resolved}, loras=loras, tensors=list(tensors))
+        scale = effective_scale(params.ip_adapter)
+        return cls(**{**sent, **resolved}, loras=loras, ip_adapter_scale=scale, tensors=list(tensors))
 
 
 class InpaintedImage(BaseModel):
@@ -170,6 +174,18 @@ class ModelAdapter(BaseModel):
     kind: Literal["lora"] = "lora"
 
 
+class ServedIpAdapter(BaseModel):
+    """The IP-Adapter that requests can paint by pictures with."""
+
+    name: str
+    kind: IpAdapterKind
+    embeds_width: int = Field(
+        description="Width D of `ip_adapter_image_embeds`: (2, n, D) of the plain kind, (2, n, T, D) of others."
+    )
+    embeds_tokens: int | None = Field(description="T that the image encoder gives; null where it gives one embedding.")
+    takes_images: bool = Field(description="Whether `ip_adapter_image` can be sent: there is an image encoder.")
+
+
 class ServedModel(BaseModel):
     """The served model: OpenAI's fields, and ours."""
 
@@ -196,6 +212,7 @@ class ServedModel(BaseModel):
     vae: str
     attention_backend: str
     embeddings: list[ServedEmbedding]
+    ip_adapter: ServedIpAdapter | None
     has_safety_checker: bool
     nsfw_policy: str
     adapters: list[ModelAdapter]

@@ -11,6 +11,7 @@ from io import BytesIO
 import numpy as np
 import safetensors
 
+from service.api.ip_adapter import EMBEDS as IP_ADAPTER_EMBEDS
 from service.api.problems import Fault
 from service.errors import ErrorCode
 from service.fitting import Size
@@ -19,10 +20,16 @@ from service.request import Floats
 
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 LATENTS = ("latents", "masked_image_latents", "image_latents")
-TENSORS = (*EMBEDS, *LATENTS)
+TENSORS = (*EMBEDS, *LATENTS, IP_ADAPTER_EMBEDS)
 
 MAX_CHUNKS = 20
 """Longest prompt embeddings, in prompts of the text encoder's own length."""
+
+MAX_PICTURES = 8
+"""Most pictures whose embeddings a request paints by."""
+
+MAX_PICTURE_TOKENS = 1024
+"""Most embeddings of one picture: an encoder of 336 pixels in patches of 14 gives 577."""
 
 _NPY_MAGIC = b"\x93NUMPY"
 _BFLOAT16_BITS = 16
@@ -158,6 +165,24 @@ class TensorChecks:
             )
             return [Fault("negative_prompt_embeds", ErrorCode.INVALID_FIELD, message)]
         return []
+
+    def image_embeds(self, tensors: Mapping[str, Floats]) -> tuple[dict[str, Floats], list[Fault]]:
+        """Embeddings of pictures as (2 or 1, n, [T,] D), and what is wrong with them; `tensors` by field."""
+        array, info = tensors.get(IP_ADAPTER_EMBEDS), self.model.ip_adapter
+        if array is None or info is None:
+            return {}, []
+        num_rows = 2 if self.is_guided else 1
+        most = (MAX_PICTURES,) if info.kind == "plain" else (MAX_PICTURES, MAX_PICTURE_TOKENS)
+        *counts, width = array.shape[1:] or (0,)
+        is_within = len(counts) == len(most) and all(count <= limit for count, limit in zip(counts, most, strict=True))
+        if array.shape[:1] == (num_rows,) and width == info.embeds_width and is_within:
+            return {IP_ADAPTER_EMBEDS: array}, []
+        if info.kind == "plain":
+            wanted = f"({num_rows}, n, {info.embeds_width}) with n up to {MAX_PICTURES}"
+        else:
+            limits = f"n up to {MAX_PICTURES} and T up to {MAX_PICTURE_TOKENS}"
+            wanted = f"({num_rows}, n, T, {info.embeds_width}) with {limits}"
+        return {}, [_shape_fault(IP_ADAPTER_EMBEDS, wanted, array)]
 
     def working_size(self, tensors: Mapping[str, Floats]) -> Size | None:
         """The working size that latents were made for; None where there are none of a sane shape."""

@@ -174,6 +174,7 @@ class Engine:
         mask: Pixels,
         *,
         tensors: InpaintTensors = NO_TENSORS,
+        ip_adapter_image: Pixels | None = None,
         timeout_seconds: float | None = None,
         request_id: str,
     ) -> Handle:
@@ -184,6 +185,7 @@ class Engine:
             image: (height, width, 3) uint8 RGB at working size.
             mask: (height, width) uint8; ≥ 128 repaints.
             tensors: What the client has computed itself.
+            ip_adapter_image: A picture to paint by, of any size.
             timeout_seconds: The client's own limit; the operator's applies anyway.
             request_id: For logs.
 
@@ -193,7 +195,7 @@ class Engine:
         self.check_room()
         limit = self._settings.timeout if timeout_seconds is None else min(timeout_seconds, self._settings.timeout)
         now = time.monotonic()
-        request = InpaintRequest(params, image, mask, admitted_at=now, deadline=now + limit, tensors=tensors)
+        request = InpaintRequest(params, image, mask, now, now + limit, tensors, ip_adapter_image)
         handle = Handle(
             request_id,
             f"{request_id}.{next(self._numbers)}",

@@ -8,7 +8,7 @@ Everything here is synchronous and pure, and may run in any thread. What a
 hostile upload can provoke surfaces as `InpaintError` alone.
 """
 
-from service.imaging.decode import Upload, decode_upload
+from service.imaging.decode import Upload, decode_picture, decode_upload
 from service.imaging.encode import (
     ARRAY_MEDIA_TYPE,
     MEDIA_TYPES,
@@ -31,6 +31,7 @@ __all__ = [
     "OutputFormat",
     "Upload",
     "blur_flagged",
+    "decode_picture",
     "decode_upload",
     "encode_array",
     "encode_image",

@@ -93,6 +93,20 @@ def decode_upload(
     return Upload(image=rgb, mask=grey, alpha=alpha, icc_profile=colour.rgb_profile(picture.image))
 
 
+def decode_picture(data: bytes, field: str, *, max_pixels: int) -> Pixels:
+    """(H, W, 3) uint8 RGB of a picture that needs no mask, upright and without its alpha.
+
+    Args:
+        data: The file, as in `decode_upload`.
+        field: The form field that it came in.
+        max_pixels: Largest height times width.
+
+    Raises:
+        InpaintError: As in `decode_upload`.
+    """
+    return _rgb_and_alpha(_open(data, field, max_pixels))[0]
+
+
 @dataclass(frozen=True, slots=True)
 class _Picture:
     """An opened file: the header is read, the pixels are not.

@@ -86,6 +86,11 @@ class Adapters:
         """Have the text encoder with exactly these; () for the pristine weights."""
         self._apply("text_encoder", loras)
 
+    def free(self) -> bool:
+        """Let go of device memory that only saves time; whether there was any."""
+        had_any = [weights.free() for weights in self._parts.values()]
+        return any(had_any)
+
     def _apply(self, part: str, loras: tuple[LoraUse, ...]) -> None:
         self._parts[part].merge(loras, lambda: self._updates(part, loras))
 

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.request import FreeU, InpaintRequest, LoraUse
+from service.request import FreeU, InpaintRequest, IpAdapterUse, LoraUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class BatchKey:
         solo: The id of a request that asked for a batch of its own, else None.
         loras: What is merged into the weights.
         freeu: What the UNet's skip connections are weighted with.
+        ip_adapter: How much the UNet heeds pictures, and of how many tokens.
     """
 
     height: int
@@ -30,6 +31,7 @@ class BatchKey:
     solo: str | None = None
     loras: tuple[LoraUse, ...] = ()
     freeu: FreeU | None = None
+    ip_adapter: IpAdapterUse | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +66,7 @@ class Generation:
     def __post_init__(self) -> None:
         params = self.request.params
         solo = self.request_id if params.batching == "solo" else None
-        self.key = BatchKey(params.height, params.width, solo, params.loras, params.freeu)
+        self.key = BatchKey(params.height, params.width, solo, params.loras, params.freeu, params.ip_adapter)
 
     @property
     def num_images(self) -> int:

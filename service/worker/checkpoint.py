@@ -29,6 +29,7 @@ from service.errors import StartupError
 from service.messages import EmbeddingInfo, ModelInfo
 from service.settings import Settings
 from service.worker.checkpoint_folder import load_folder
+from service.worker.ip_adapter import IpAdapter, load_ip_adapter
 from service.worker.schedulers import names_taking, scheduler_names, short_name
 from service.worker.single_file import load_single_file
 from service.worker.switches import AttentionContext, apply_switches
@@ -61,6 +62,7 @@ class Components:
         dtype: What type they are.
         info: What clients may know of the model.
         attention: What the models are to be called in.
+        ip_adapter: What paints by pictures; None where the operator named none.
     """
 
     unet: UNet2DConditionModel
@@ -74,6 +76,7 @@ class Components:
     dtype: torch.dtype
     info: ModelInfo
     attention: AttentionContext
+    ip_adapter: IpAdapter | None = None
 
 
 def _ignore(_stage: str) -> None:
@@ -114,6 +117,10 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
     if settings.embeddings_dir is not None:
         on_stage("loading textual inversions")
         embeddings = load_embeddings(settings.embeddings_dir, parts["tokenizer"], parts["text_encoder"])
+    attention = apply_switches(parts["unet"], parts["vae"], settings)
+    if settings.ip_adapter is not None:
+        on_stage("loading the IP-Adapter")
+    ip_adapter = load_ip_adapter(settings, parts["unet"], parts.get("feature_extractor"))
     return Components(
         unet=parts["unet"],
         vae=parts["vae"],
@@ -124,8 +131,9 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
         feature_extractor=parts.get("feature_extractor"),
         device=device,
         dtype=dtype,
-        info=_describe(parts, scheduler, embeddings, settings),
-        attention=apply_switches(parts["unet"], parts["vae"], settings),
+        info=_describe(parts, scheduler, embeddings, ip_adapter, settings),
+        attention=attention,
+        ip_adapter=ip_adapter,
     )
 
 
@@ -151,7 +159,11 @@ def _corrected_scheduler(parts: dict[str, Any]) -> SchedulerMixin:
 
 
 def _describe(
-    parts: dict[str, Any], scheduler: SchedulerMixin, embeddings: tuple[EmbeddingInfo, ...], settings: Settings
+    parts: dict[str, Any],
+    scheduler: SchedulerMixin,
+    embeddings: tuple[EmbeddingInfo, ...],
+    ip_adapter: IpAdapter | None,
+    settings: Settings,
 ) -> ModelInfo:
     """What clients may know of a model."""
     unet, vae = parts["unet"].config, parts["vae"].config
@@ -181,6 +193,7 @@ def _describe(
         embeddings=embeddings,
         vae=type(parts["vae"]).__name__,
         attention_backend=settings.attention_backend,
+        ip_adapter=None if ip_adapter is None else ip_adapter.info,
     )
 
 

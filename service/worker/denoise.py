@@ -6,6 +6,7 @@ of an image, its scheduler's step is s' = M (s, ε, z); see `service.worker.samp
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -79,10 +80,14 @@ def _predict(unet: UNet2DConditionModel, batch: SlotBatch, scaled: torch.Tensor,
     if batch.conditioning is not None:
         rows = torch.cat([rows, batch.conditioning], dim=1)  # (R, 9, h, w)
     padding = pad_rows(batch.num_rows) - batch.num_rows
+    embeds: Any = _padded(batch.embeds, padding)
+    if batch.image_tokens is not None:
+        # What the UNet itself makes of `image_embeds` for its attention layers, once they are projected.
+        embeds = (embeds, [_padded(batch.image_tokens, padding)])
     noise_pred = unet(
         _padded(rows, padding),
         _padded(timesteps[batch.image_of_row], padding),
-        encoder_hidden_states=_padded(batch.embeds, padding),
+        encoder_hidden_states=embeds,
         encoder_attention_mask=None if batch.embeds_mask is None else _padded(batch.embeds_mask, padding),
         timestep_cond=None if batch.timestep_cond is None else _padded(batch.timestep_cond, padding),
         return_dict=False,

@@ -88,21 +88,23 @@ class MergedWeights:
         self._touched = set(merged)
         self._applied = loras
 
+    def free(self) -> bool:
+        """Let go of merged weights that are kept; whether there were any."""
+        had_any = bool(self._kept)
+        self._kept.clear()
+        return had_any
+
     def _merged(self, loras: Hashable, updates: Callable[[], Updates]) -> dict[str, torch.Tensor]:
         """The changed weights by module, as they are to be."""
         if loras in self._kept:
             self._kept.move_to_end(loras)
             return self._kept[loras]
         merged: dict[str, torch.Tensor] = {}
-        try:
-            for name, several in updates().items():
-                weight = self._weights[name]
-                if name not in self._pristine:
-                    self._pristine[name] = weight.clone()
-                merged[name] = _with_updates(self._pristine[name].float(), several).to(weight.dtype)
-        except torch.OutOfMemoryError:
-            self._kept.clear()
-            raise
+        for name, several in updates().items():
+            weight = self._weights[name]
+            if name not in self._pristine:
+                self._pristine[name] = weight.clone()
+            merged[name] = _with_updates(self._pristine[name].float(), several).to(weight.dtype)
         self._kept[loras] = merged
         while sum(map(_num_bytes, self._kept.values())) > self._max_kept_bytes:
             self._kept.popitem(last=False)

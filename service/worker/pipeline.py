@@ -36,6 +36,8 @@ MIN_AUTO_IMAGES = 4
 """Even where more rows bring no throughput, a few share the batch: a short request need not wait for a long one."""
 
 WARM_UP_SECONDS = 20.0
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
 KNEE = 0.95
 """Share of the best throughput at which more images in a batch only delay one another."""
 
@@ -43,15 +45,27 @@ KNEE = 0.95
 def _device_faults(
     method: Callable[Concatenate["InpaintPipeline", _P], _T],
 ) -> Callable[Concatenate["InpaintPipeline", _P], _T]:
-    """Compute as the operator chose, and say in the worker's words what torch says of a device."""
+    """Compute as the operator chose, and say in the worker's words what torch says of a device.
+
+    Where memory is short, memory that only saves time goes first, and the call is tried again.
+    """
+
+    def attempt(self: "InpaintPipeline", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with torch.inference_mode(), self._components.attention.active():
+            return method(self, *args, **kwargs)
 
     @functools.wraps(method)
     def wrapper(self: "InpaintPipeline", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
-            with torch.inference_mode(), self._components.attention.active():
-                return method(self, *args, **kwargs)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+            try:
+                return attempt(self, *args, **kwargs)
+            except _OUT_OF_MEMORY:
+                if not self._adapters.free():
+                    raise
             torch.cuda.empty_cache()  # Does nothing where CUDA is not in use.
+            return attempt(self, *args, **kwargs)
+        except _OUT_OF_MEMORY as error:
+            torch.cuda.empty_cache()
             raise BatchTooLarge from error
         except torch.AcceleratorError as error:
             raise DeviceLost(str(error)) from error
@@ -106,6 +120,8 @@ class InpaintPipeline:
         key = generations[0].key
         self._adapters.apply_unet(key.loras)
         self._set_freeu(key.freeu)
+        if self._components.ip_adapter is not None:
+            self._components.ip_adapter.apply(key.ip_adapter)
         tick(self._components.unet, self._gather(generations), self._pad_rows)
         self._synchronize()
 

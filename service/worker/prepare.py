@@ -98,10 +98,11 @@ class Preparer:
         """
         plans = [self._plan(request.params) for request in requests]
         embeds = self._texts.embeds(requests)
+        tokens = self._image_tokens(requests)
         pictures = self._encode(requests)
         return [
-            self._slots(request, plan, embed, picture)
-            for request, plan, embed, picture in zip(requests, plans, embeds, pictures, strict=True)
+            self._slots(request, plan, embed, token, picture)
+            for request, plan, embed, token, picture in zip(requests, plans, embeds, tokens, pictures, strict=True)
         ]
 
     def _plan(self, params: InpaintParams) -> list[Schedule | InstancePlan]:
@@ -117,6 +118,14 @@ class Preparer:
             self._planner.plan(params.scheduler, steps, eta=params.eta, seed=params.seed + image)
             for image in range(params.num_images_per_prompt)
         ]
+
+    def _image_tokens(self, requests: Sequence[InpaintRequest]) -> list[tuple[torch.Tensor, ...]]:
+        """Of each request's rows, for the IP-Adapter; those of one batch key all use it, or none does."""
+        use, ip_adapter = requests[0].params.ip_adapter, self._components.ip_adapter
+        if use is None or ip_adapter is None:
+            return [()] * len(requests)
+        ip_adapter.check(use)
+        return ip_adapter.tokens(requests)
 
     # --- pictures ----------------------------------------------------------------
 
@@ -162,6 +171,7 @@ class Preparer:
         request: InpaintRequest,
         plans: Sequence[Schedule | InstancePlan],
         embeds: tuple[torch.Tensor, ...],
+        image_tokens: tuple[torch.Tensor, ...],
         picture: _Picture,
     ) -> list[Slot]:
         params, device = request.params, self._components.device
@@ -192,6 +202,7 @@ class Preparer:
                     noise=start.noise if is_plain else None,
                     picture=picture.image if sees_picture else None,
                     picture_mask=picture.mask if sees_picture else None,
+                    image_tokens=image_tokens,
                 )
             )
         slots[0].has_previews = params.previews

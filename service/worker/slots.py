@@ -49,6 +49,7 @@ class Slot:
         noise: (C, h, w) float32, the initial noise, for a 4-channel UNet, else None.
         picture: (3, H, W) in [-1, 1], for decoders that look at it, else None.
         picture_mask: (1, H, W), likewise.
+        image_tokens: (tokens, D) of each UNet row, for the IP-Adapter; empty without it.
         call: Model calls done.
         drawn: (C, h, w) noise drawn for the step at hand; kept so that a step that
             failed and is tried again uses the same.
@@ -70,6 +71,7 @@ class Slot:
     noise: torch.Tensor | None
     picture: torch.Tensor | None = None
     picture_mask: torch.Tensor | None = None
+    image_tokens: tuple[torch.Tensor, ...] = ()
     call: int = 0
     drawn: torch.Tensor | None = None
     advanced: torch.Tensor | None = None
@@ -104,6 +106,7 @@ class SlotBatch:
         mask: (N, 1, h, w), or None.
         image_latents: (N, C, h, w), or None.
         noise: (N, C, h, w), or None.
+        image_tokens: (R, tokens, D) for the IP-Adapter, or None.
     """
 
     slots: tuple[Slot, ...]
@@ -118,6 +121,7 @@ class SlotBatch:
     mask: torch.Tensor | None
     image_latents: torch.Tensor | None
     noise: torch.Tensor | None
+    image_tokens: torch.Tensor | None
 
     @property
     def num_rows(self) -> int:
@@ -150,6 +154,7 @@ class SlotBatch:
             mask=_stack([slot.mask for slot in slots]),
             image_latents=_stack([slot.image_latents for slot in slots]),
             noise=_stack([slot.noise for slot in slots]),
+            image_tokens=_stack([tokens for slot in slots for tokens in slot.image_tokens]),
         )
 
 

@@ -9,8 +9,8 @@ import yaml
 
 from service.api.app import create_app
 from service.api.fields import InpaintFields
+from service.api.forms import FILES
 from service.api.openapi import to_yaml
-from service.api.tensors import TENSORS
 from service.engine.engine import Engine
 from service.metrics import Metrics
 from service.settings import load_settings
@@ -54,7 +54,7 @@ def test_form_has_files_bounds_defaults_and_descriptions(document: dict[str, Any
     assert prompt["anyOf"] == [{"required": ["prompt"]}, {"required": ["prompt_embeds"]}]
     assert image["anyOf"][0] == {"required": ["image"]}
     assert form["additionalProperties"] is False
-    assert list(form["properties"]) == ["image", "mask", *TENSORS, *InpaintFields.model_fields]
+    assert list(form["properties"]) == [*FILES, *InpaintFields.model_fields]
     assert form["properties"]["image"]["format"] == form["properties"]["mask"]["format"] == "binary"
     assert all(field["description"] for field in form["properties"].values())
     steps, seed = form["properties"]["num_inference_steps"], form["properties"]["seed"]
@@ -62,9 +62,10 @@ def test_form_has_files_bounds_defaults_and_descriptions(document: dict[str, Any
     assert (seed["minimum"], seed["maximum"]) == (0, 2**32 - 1)
     assert form["properties"]["guidance_scale"]["default"] == 7.5
     assert form["properties"]["output_format"]["enum"] == ["png", "jpeg", "webp", "npy", "latent"]
-    # A form field is sent or left out, so none is a union with null; of loras, a scale has two shapes.
+    # A form field is sent or left out, so none is a union with null; a scale has two shapes.
     assert "null" not in str(form["properties"])
-    assert "anyOf" not in str({name: field for name, field in form["properties"].items() if name != "loras"})
+    scaled = ("loras", "ip_adapter_scale")
+    assert "anyOf" not in str({name: field for name, field in form["properties"].items() if name not in scaled})
 
 
 def test_answers_have_their_true_content_types(document: dict[str, Any]) -> None:

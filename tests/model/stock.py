@@ -12,7 +12,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.request import Floats, InpaintRequest, LoraUse
+from service.request import Floats, InpaintRequest, IpAdapterUse, LoraUse
 from service.worker.schedulers import make_scheduler
 
 OUTPUT_TYPES = {"pixels": "pil", "floats": "np", "latents": "latent"}
@@ -24,9 +24,12 @@ class Stock:
     Args:
         folder: The checkpoint.
         embeddings: Textual inversions to load, by their tokens.
+        ip_adapter: An IP-Adapter's file, with `image_encoder` beside it; loaded only for requests that use it.
     """
 
-    def __init__(self, folder: Path, embeddings: Mapping[str, Path] = MappingProxyType({})) -> None:
+    def __init__(
+        self, folder: Path, embeddings: Mapping[str, Path] = MappingProxyType({}), ip_adapter: Path | None = None
+    ) -> None:
         self.pipeline = StableDiffusionInpaintPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self._scheduler_config = self.pipeline.scheduler.config
@@ -34,6 +37,7 @@ class Stock:
         for token, path in embeddings.items():
             self.pipeline.load_textual_inversion(path.parent, weight_name=path.name, token=token)
         self._adapters: dict[tuple[str, str], str] = {}
+        self._ip_adapter = ip_adapter
 
     def __call__(self, request: InpaintRequest, **changes: Any) -> tuple[NDArray[Any], list[bool]]:
         """What one request gives when it is run alone.
@@ -78,11 +82,18 @@ class Stock:
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "output_type": OUTPUT_TYPES[params.output],
         }
+        if params.ip_adapter is not None:
+            self._load_ip_adapter(params.ip_adapter)
+            given, picture = _tensor(tensors.ip_adapter_image_embeds), request.ip_adapter_image
+            arguments["ip_adapter_image_embeds"] = None if given is None else [given]
+            arguments["ip_adapter_image"] = None if picture is None else Image.fromarray(picture)
         try:
             with torch.inference_mode():
                 output = self.pipeline(**{**arguments, **changes})
         finally:
             self.pipeline.disable_freeu()
+            if params.ip_adapter is not None:
+                self.pipeline.unload_ip_adapter()
         flags = output.nsfw_content_detected or [False] * params.num_images_per_prompt
         if isinstance(output.images, torch.Tensor):
             return output.images.numpy(), flags
@@ -107,6 +118,11 @@ class Stock:
         self.pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
         self._set_text_model()
         return name
+
+    def _load_ip_adapter(self, use: IpAdapterUse) -> None:
+        assert self._ip_adapter is not None
+        self.pipeline.load_ip_adapter(self._ip_adapter.parent, subfolder="", weight_name=self._ip_adapter.name)
+        self.pipeline.set_ip_adapter_scale(json.loads(use.block_scales) if use.block_scales else use.scale)
 
     def _set_text_model(self) -> None:
         """Stock's clip_skip looks for `text_encoder.text_model`, which transformers 5.6 removed."""

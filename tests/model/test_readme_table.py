@@ -15,6 +15,7 @@ EVERY_ROW = "tests/model/test_every_row.py::test_tiny_checkpoints_singly_and_in_
 CROP = "tests/model/test_crop_parity.py::test_padded_crop_in_a_mixed_batch"
 EVENTS = "tests/http/test_answers.py::test_events_tell_position_progress_and_the_answer"
 PREVIEWS = "tests/model/test_previews.py::test_previews_approach_the_result"
+IP_ADAPTER = "tests/model/test_ip_adapter.py"
 SWITCHES = "tests/model/test_switches.py"
 
 PROOFS: dict[str, str] = {
@@ -22,6 +23,8 @@ PROOFS: dict[str, str] = {
     "width": EVERY_ROW,
     "mask_image": "tests/model/test_parity.py::test_mixed_staggered_batch_equals_stock_run_alone",
     "padding_mask_crop": CROP,
+    "ip_adapter_image": IP_ADAPTER,
+    "ip_adapter_image_embeds": IP_ADAPTER,
     "return_dict": "tests/http/test_answers.py::test_json_answer_has_images_effective_parameters_timings_and_batch",
     "cross_attention_kwargs": "tests/model/test_every_row.py::test_scale_of_cross_attention_kwargs",
     "callback_on_step_end": EVENTS,
@@ -40,6 +43,9 @@ PROOFS: dict[str, str] = {
     "unload_lora_weights": "tests/http/test_adapters.py",
     "delete_adapters": "tests/http/test_adapters.py",
     "unload_textual_inversion": "tests/model/test_textual_inversion.py",
+    "load_ip_adapter": IP_ADAPTER,
+    "set_ip_adapter_scale": IP_ADAPTER,
+    "unload_ip_adapter": f"{IP_ADAPTER}::test_other_requests_run_as_if_none_was_loaded",
     "disable_freeu": "tests/model/test_every_row.py::test_weights_are_as_they_were",
     "enable_attention_slicing": SWITCHES,
     "disable_attention_slicing": SWITCHES,
