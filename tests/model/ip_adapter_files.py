@@ -23,7 +23,7 @@ PLUS_WIDTH, PLUS_QUERIES, PLUS_DEPTH = 24, 3, 4
 Weights = dict[str, torch.Tensor]
 
 
-def make_image_encoder(folder: Path, *, projection_dim: int = PROJECTED) -> Path:
+def make_image_encoder(folder: Path, *, projection_dim: int = PROJECTED, image_size: int = 30) -> Path:
     """Write a tiny CLIP vision model with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(21)
@@ -33,7 +33,7 @@ def make_image_encoder(folder: Path, *, projection_dim: int = PROJECTED) -> Path
                 intermediate_size=24,
                 num_attention_heads=2,
                 num_hidden_layers=3,
-                image_size=30,
+                image_size=image_size,
                 patch_size=6,
                 projection_dim=projection_dim,
             )
