@@ -151,8 +151,20 @@ class Adapters:
         return expanded
 
 
+def _attention_beside(module: str) -> str:
+    """The attention whose number a resnet has: "down_blocks.1.attentions.0" of "down_blocks.1.resnets.0.conv1"."""
+    names = module.split(".")
+    return f"{names[0]}.{names[1]}.attentions.{names[3]}" if len(names) > 3 else module  # noqa: PLR2004 - names[3]
+
+
 def _scale_of(module: str, scales: float | Mapping[str, float]) -> float:
-    """A module's weight; 1 outside the blocks that have one, as stock's `set_weights_and_activate_adapters`."""
+    """A module's weight, as stock's `set_weights_and_activate_adapters`.
+
+    That is of its block, or the one of the attention beside it; 1 where there is neither. (Stock fails at `conv_in`
+    and the like, which have no such name.)
+    """
     if not isinstance(scales, Mapping):
         return scales
+    if not any(block in module for block in scales):
+        module = _attention_beside(module)
     return next((scale for block, scale in scales.items() if block in module), 1.0)

@@ -7,10 +7,10 @@ The keys are read by diffusers' own converters, in the order of stock's
 """
 
 import json
+import math
 import os
 import re
 import struct
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import get_peft_kwargs
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
     convert_state_dict_to_peft,
@@ -42,6 +43,11 @@ _OTHER_KINDS = {
     "lora_mid": "LoCon with a core tensor",
     "lora_B.bias": "LoRA with biases",
 }
+
+_PLAIN_PATTERN = re.compile(r"\^?[\w.]+", re.ASCII)
+
+_PEFT_ALPHA = 8
+"""What peft's `LoraConfig` takes where it has no `lora_alpha`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,8 +97,6 @@ def read_lora(path: Path, version: str | None = None) -> dict[str, LoraLayers]:
         metadata = _metadata(data)
     except Exception as error:
         raise refused("The LoRA is not a readable .safetensors file.") from error
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise refused("The LoRA has values that are not finite.")
     return parse_lora(tensors, metadata)
 
 
@@ -186,19 +190,34 @@ def _layers(
     """One part's matrices, its keys brought to peft's form as stock does."""
     peft = _to_peft(part, state_dict)
     names = sorted({name for name, _, suffix in map(_split, peft) if suffix in (_DOWN, _UP)})
-    if len(peft) != 2 * len(names) + sum(_split(key)[2] == _MAGNITUDE for key in peft):
-        raise ValueError("keys that are neither A, B nor a magnitude")
-    alphas = _alphas(part, network_alphas)
-    config = None if metadata is None else _part_of(metadata, part)
     magnitudes = {_split(key)[0]: tensor for key, tensor in peft.items() if _split(key)[2] == _MAGNITUDE}
-    layers = {}
-    for name in names:
-        down, up = peft[f"{name}.{_DOWN}"], peft[f"{name}.{_UP}"]
-        rank = len(down)
-        scaling = _configured_scaling(config, name, rank) if config else _alpha(alphas, name, rank) / rank
-        magnitude = magnitudes.get(name)
-        layers[name] = LowRank(down, up, scaling, None if magnitude is None else magnitude.flatten())
-    return layers
+    if len(peft) != 2 * len(names) + len(magnitudes):
+        raise ValueError("keys that are neither A, B nor a magnitude")
+    if magnitudes and magnitudes.keys() != set(names):
+        raise ValueError("a DoRA without all of its magnitudes")
+    config = None if metadata is None else _part_of(metadata, part)
+    if config:
+        _check_config(config, is_dora=bool(magnitudes))
+    pairs = {name: (_finite(peft[f"{name}.{_DOWN}"]), _finite(peft[f"{name}.{_UP}"])) for name in names}
+    ranks = {name: len(down) for name, (down, _) in pairs.items()}
+    scalings = _configured_scalings(config, ranks) if config else _scalings(part, network_alphas, ranks)
+    if not all(math.isfinite(scaling) for scaling in scalings.values()):
+        raise ValueError("an alpha that is not finite")
+    return {
+        name: LowRank(down, up, scalings[name], _finite(magnitudes[name]).flatten() if name in magnitudes else None)
+        for name, (down, up) in pairs.items()
+    }
+
+
+def _finite(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix, in a type that can be computed with."""
+    if not matrix.is_floating_point():
+        raise ValueError("a matrix of integers")
+    if matrix.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        matrix = matrix.float()
+    if not bool(torch.isfinite(matrix).all()):
+        raise refused("The LoRA has values that are not finite.")
+    return matrix
 
 
 def _to_peft(part: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -207,8 +226,11 @@ def _to_peft(part: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, tor
     else:
         is_peft = "lora_A" in next(iter(state_dict))
         converted = dict(state_dict) if is_peft else convert_unet_state_dict_to_peft(dict(state_dict))
-    # DoRA's vectors come with and without ".weight".
-    return {key.replace(f"{_MAGNITUDE}.weight", _MAGNITUDE): tensor for key, tensor in converted.items()}
+    # DoRA's vectors come with and without ".weight"; and like stock, look for alphas by the names of today's CLIP.
+    return {
+        key.replace(f"{_MAGNITUDE}.weight", _MAGNITUDE).removeprefix("text_model."): tensor
+        for key, tensor in converted.items()
+    }
 
 
 def _split(key: str) -> tuple[str, str, str]:
@@ -217,29 +239,53 @@ def _split(key: str) -> tuple[str, str, str]:
     return name, dot, f"lora_{suffix}"
 
 
-def _alphas(part: str, network_alphas: Mapping[str, float]) -> dict[str, float]:
-    """Alphas by module; kohya's converter names some by the module and some by the key of its matrix."""
-    by_key = {key.removesuffix(".alpha"): alpha for key, alpha in network_alphas.items()}
-    of_matrices = {key: alpha for key, alpha in by_key.items() if key.endswith(".weight")}
-    alphas = {key: alpha for key, alpha in by_key.items() if key not in of_matrices}
-    if of_matrices:
-        converted = _to_peft(part, of_matrices)  # type: ignore[arg-type]  # it looks at keys alone
-        alphas |= {_split(key)[0]: alpha for key, alpha in converted.items()}  # type: ignore[misc]
-    return {name.removesuffix(".lora_linear_layer"): alpha for name, alpha in alphas.items()}
+# --- scalings ----------------------------------------------------------------------------
 
 
-def _alpha(alphas: Mapping[str, float], name: str, rank: int) -> float:
-    """The alpha of a module: its own, else the commonest of the file, else the rank; as stock's `get_peft_kwargs`."""
-    if not alphas:
-        return rank
-    return alphas.get(name, Counter(alphas.values()).most_common(1)[0][0])
+def _scalings(part: str, network_alphas: Mapping[str, float], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Alpha / r of each module by stock's rule; 1 where the file has no alphas.
+
+    Where alphas differ, stock's `get_peft_kwargs` finds those of some modules by their names, and takes the commonest
+    of the file for the others (the UNet's attention projections, the text encoder). So does this.
+    """
+    if not network_alphas:
+        return dict.fromkeys(ranks, 1.0)
+    kwargs = get_peft_kwargs(ranks, network_alphas, ranks, is_unet=part == "unet")
+    return _divide(kwargs["lora_alpha"], kwargs["alpha_pattern"], ranks)
 
 
-def _configured_scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
+def _configured_scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
     """Alpha / r, or alpha / √r with rank-stabilised scaling, by peft's configuration."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = value
-            break
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    alpha, patterns = config.get("lora_alpha", _PEFT_ALPHA), dict(config.get("alpha_pattern") or {})
+    return _divide(alpha, patterns, ranks, power=0.5 if config.get("use_rslora") else 1.0)
+
+
+def _check_config(config: Mapping[str, Any], *, is_dora: bool) -> None:
+    """Refuse what the matrices contradict, what changes weights before it is added, and what is not understood.
+
+    peft takes patterns for regular expressions. Trainers write names; what a stranger writes can match for ever.
+    """
+    if bool(config.get("use_dora")) != is_dora:
+        raise ValueError("a configuration that contradicts the matrices")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise ValueError("made for weights that are changed first, as PiSSA's are")
+    if not all(_PLAIN_PATTERN.fullmatch(pattern) for pattern in config.get("alpha_pattern") or {}):
+        raise ValueError("regular expressions")
+
+
+def _divide(
+    alpha: float, patterns: Mapping[str, float], ranks: Mapping[str, int], power: float = 1.0
+) -> dict[str, float]:
+    """Each module's alpha, of the first pattern that is its name or the end of it, by a power of its rank."""
+    order = {pattern: index for index, pattern in enumerate(patterns)}
+    scalings = {}
+    for name, rank in ranks.items():
+        pattern = min(_ends(name) & order.keys(), key=order.__getitem__, default=None)
+        scalings[name] = float(alpha if pattern is None else patterns[pattern]) / rank**power
+    return scalings
+
+
+def _ends(name: str) -> set[str]:
+    """What peft's `get_pattern_key` finds a module by: its whole name, or that from any dot on."""
+    levels = name.split(".")
+    return {f"^{name}", *(".".join(levels[first:]) for first in range(len(levels)))}

@@ -156,6 +156,48 @@ def _locon(source: _Source) -> tuple[State, dict[str, str]]:
     return state, metadata
 
 
+def _own_alphas(source: _Source) -> tuple[State, dict[str, str]]:
+    """Kohya's with another alpha for each kind of layer: stock takes the commonest for those it cannot name."""
+    state, metadata = _kohya(source, unet=(*ATTENTION, *FEED_FORWARD, *CONVOLUTIONS))
+    for marks, alpha in ((("conv",), 1.0), (("attn1", "fc1"), 5.0), (("k_proj", "ff_net"), 0.5), (("fc2",), 4.0)):
+        for key in state:
+            if key.endswith(".alpha") and any(mark in key for mark in marks):
+                state[key] = torch.tensor(alpha)
+    return state, metadata
+
+
+def _ranks(source: _Source) -> tuple[State, dict[str, str]]:
+    """Of another rank for each kind of layer, and without alphas."""
+    state, metadata = _peft(source, unet=(*ATTENTION, *CONVOLUTIONS))
+    for key, tensor in state.items():
+        rank = 1 if "attn1" in key or "q_proj" in key else 2 if "conv" in key else RANK
+        state[key] = tensor[:rank] if "lora_A" in key or ".down." in key else tensor[:, :rank]
+    return state, metadata
+
+
+def _rank_stabilised(source: _Source) -> tuple[State, dict[str, str]]:
+    """With a configuration that divides alpha by the root of the rank, and leaves alpha to peft."""
+    state, _ = _unet_only(source)
+    modules = sorted({key.removeprefix("unet.").partition(".lora_")[0] for key in state})
+    config = {"unet.r": RANK, "unet.use_rslora": True, "unet.target_modules": modules}
+    return state, {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
+
+
+def _dora_text(source: _Source) -> tuple[State, dict[str, str]]:
+    """A DoRA of both parts, its vectors under names that transformers reads, too."""
+    state, metadata = _dora(source)
+    for name, weight in source.layers("text_encoder", (*TEXT, *TEXT_MLP)):
+        key = f"text_encoder.{_text_name(name)}"
+        state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = source.pair(weight)
+        state[f"{key}.lora_magnitude_vector.weight"] = weight.detach().norm(dim=1) * 0.8
+    return state, metadata
+
+
+def _float8(source: _Source) -> tuple[State, dict[str, str]]:
+    state, metadata = _unet_only(source)
+    return {key: tensor.to(torch.float8_e4m3fn) for key, tensor in state.items()}, metadata
+
+
 FORMATS: dict[str, Callable[[_Source], tuple[State, dict[str, str]]]] = {
     "peft": _peft,
     "unet_only": _unet_only,
@@ -165,5 +207,10 @@ FORMATS: dict[str, Callable[[_Source], tuple[State, dict[str, str]]]] = {
     "old_diffusers": _old_diffusers,
     "kohya": _kohya,
     "locon": _locon,
+    "own_alphas": _own_alphas,
+    "ranks": _ranks,
+    "rank_stabilised": _rank_stabilised,
+    "dora_text": _dora_text,
+    "float8": _float8,
 }
 """By name: what writes it."""

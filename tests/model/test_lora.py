@@ -176,8 +176,8 @@ def test_scales_by_block(
     stock: StableDiffusionInpaintPipeline,
     adapters: Adapters,
 ) -> None:
-    """The UNet's scale can differ by block, as in stock's `set_adapters`."""
-    loras = (use(make_lora(tmp_path / "one.safetensors", ours), 1.0, 0.5, blocks),)
+    """The UNet's scale can differ by block, as in stock's `set_adapters`; resnets go with the attention beside them."""
+    loras = (use(make_lora(tmp_path / "one.safetensors", ours, "locon"), 1.0, 0.5, blocks),)
     apply(adapters, loras)
     set_stock(stock, loras)
     assert_equal_outputs(ours, stock)
@@ -382,7 +382,57 @@ def _empty(path: Path, _: StableDiffusionInpaintPipeline) -> None:
     save_file({}, path)
 
 
-BROKEN = (_truncated, _pickled, _with_nan, _half, _renamed, _loha, _sdxl, _flux, _no_lora, _empty)
+def _without_some_magnitudes(path: Path, pipeline: StableDiffusionInpaintPipeline) -> None:
+    state = load_file(make_lora(path, pipeline, "dora"))
+    save_file({key: tensor for key, tensor in state.items() if "attn1.to_q.lora_mag" not in key}, path)
+
+
+def _of_integers(path: Path, pipeline: StableDiffusionInpaintPipeline) -> None:
+    state = load_file(make_lora(path, pipeline))
+    save_file({key: tensor.to(torch.int32) for key, tensor in state.items()}, path)
+
+
+def _with_config(path: Path, pipeline: StableDiffusionInpaintPipeline, file_format: str, **config: object) -> None:
+    state = load_file(make_lora(path, pipeline, file_format))
+    unet = {f"unet.{key}": value for key, value in {"r": 3, "lora_alpha": 3, **config}.items()}
+    save_file(state, path, {"lora_adapter_metadata": json.dumps(unet)})
+
+
+def _contradicting(path: Path, pipeline: StableDiffusionInpaintPipeline) -> None:
+    _with_config(path, pipeline, "dora", use_dora=False)
+
+
+def _infinite(path: Path, pipeline: StableDiffusionInpaintPipeline) -> None:
+    _with_config(path, pipeline, "unet_only", lora_alpha=float("inf"))
+
+
+def _pissa(path: Path, pipeline: StableDiffusionInpaintPipeline) -> None:
+    _with_config(path, pipeline, "unet_only", init_lora_weights="pissa")
+
+
+def _endless(path: Path, pipeline: StableDiffusionInpaintPipeline) -> None:
+    """As a regular expression, this would be tried for longer than anybody lives."""
+    _with_config(path, pipeline, "unet_only", alpha_pattern={"([a-z_.0-9]+)+!": 1})
+
+
+BROKEN = (
+    _truncated,
+    _pickled,
+    _with_nan,
+    _half,
+    _renamed,
+    _loha,
+    _sdxl,
+    _flux,
+    _no_lora,
+    _empty,
+    _without_some_magnitudes,
+    _of_integers,
+    _contradicting,
+    _infinite,
+    _pissa,
+    _endless,
+)
 
 
 @pytest.mark.parametrize("spoil", BROKEN, ids=lambda spoil: spoil.__name__)
