@@ -267,7 +267,7 @@ def _check_config(config: Mapping[str, Any], *, is_dora: bool) -> None:
     """
     if bool(config.get("use_dora")) != is_dora:
         raise ValueError("a configuration that contradicts the matrices")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
         raise ValueError("made for weights that are changed first, as PiSSA's are")
     if not all(_PLAIN_PATTERN.fullmatch(pattern) for pattern in config.get("alpha_pattern") or {}):
         raise ValueError("regular expressions")

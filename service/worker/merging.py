@@ -19,8 +19,11 @@ import torch
 
 from service.worker.lora_file import LoraLayers, LowRank, refused
 
+KEPT_SHARE = 1 / 8
+"""Of the memory that is free at the start: for merged weights that are kept, of each model."""
+
 MAX_KEPT_BYTES = 2 * 1024**3
-"""Merged weights that are kept; the least recently used ones go first."""
+"""The same on a CPU."""
 
 _MISFIT = "The LoRA is for a model of another architecture."
 
@@ -33,16 +36,16 @@ class MergedWeights:
 
     Args:
         model: On its device; only layers that LoRAs are made for are ever changed.
-        max_kept_bytes: Merged weights to keep.
+        max_kept_bytes: Merged weights to keep, the least recently used ones go first; by default as above.
     """
 
-    def __init__(self, model: torch.nn.Module, max_kept_bytes: int = MAX_KEPT_BYTES) -> None:
+    def __init__(self, model: torch.nn.Module, max_kept_bytes: int | None = None) -> None:
         self._weights: dict[str, torch.Tensor] = {
             name: module.weight
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
         }
-        self._max_kept_bytes = max_kept_bytes
+        self._max_kept_bytes = _spare_bytes(model) if max_kept_bytes is None else max_kept_bytes
         self._pristine: dict[str, torch.Tensor] = {}
         self._touched: set[str] = set()
         self._applied: Hashable = ()
@@ -114,6 +117,14 @@ class MergedWeights:
         """A module by the name that a file gives it: transformers 5.6 took `text_model` out of the names."""
         candidates = (name, name.removeprefix("text_model."), f"text_model.{name}")
         return next((candidate for candidate in candidates if candidate in self._weights), None)
+
+
+def _spare_bytes(model: torch.nn.Module) -> int:
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return MAX_KEPT_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(KEPT_SHARE * free)
 
 
 def _num_bytes(weights: Mapping[str, torch.Tensor]) -> int:

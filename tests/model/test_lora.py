@@ -295,7 +295,7 @@ def test_merged_weights_that_are_too_large_are_not_kept(
     tmp_path: Path, ours: StableDiffusionInpaintPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory for them is bounded; what is not kept is merged anew, to the same bits."""
-    monkeypatch.setattr(merging.MergedWeights.__init__, "__defaults__", (0,))
+    monkeypatch.setattr(merging, "MAX_KEPT_BYTES", 0)
     adapters = Adapters(ours.unet, ours.text_encoder)
     a, b = (use(make_lora(tmp_path / f"{seed}.safetensors", ours, seed=seed)) for seed in (1, 2))
     apply(adapters, (a,))
