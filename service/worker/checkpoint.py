@@ -1,7 +1,7 @@
 """Loading a checkpoint: nothing missing, nothing unpickled, nothing unsupported.
 
-    hub id ──download──▶ folder ──checkpoint_folder──▶ parts ──▶ Components on a device
-                         file ────single_file────────▶
+    hub id ──checkpoint_source──▶ folder ──checkpoint_folder──▶ parts ──▶ Components on a device
+                                  file ────single_file────────▶
 
 `load` gives the components of a stock `StableDiffusionInpaintPipeline` on one
 device, ready to be called one by one.
@@ -17,7 +17,6 @@ import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderKL,
-    DiffusionPipeline,
     SchedulerMixin,
     StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
@@ -29,6 +28,7 @@ from service.errors import StartupError
 from service.messages import EmbeddingInfo, ModelInfo
 from service.settings import Settings
 from service.worker.checkpoint_folder import load_folder
+from service.worker.checkpoint_source import locate
 from service.worker.ip_adapter import IpAdapter, load_ip_adapter
 from service.worker.schedulers import names_taking, scheduler_names, short_name
 from service.worker.single_file import load_single_file
@@ -37,7 +37,6 @@ from service.worker.textual_inversion import load_embeddings
 
 logger = logging.getLogger(__name__)
 
-BUNDLED_FOLDER = Path(__file__).parent / "models" / "demo"
 BUNDLED_STEPS = 10
 STOCK_STEPS = 50
 
@@ -95,7 +94,7 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
         StartupError: It is not there, not complete, pickled or of another kind, or cannot run as the settings ask.
     """
     name, dtype = settings.model_name, _dtype(settings, device)
-    path = _locate(settings, on_stage)
+    path = locate(settings, on_stage)
     try:
         parts = _load_parts(path, dtype, settings, on_stage)
         on_stage(f"moving the weights to {device}")
@@ -195,33 +194,6 @@ def _describe(
         attention_backend=settings.attention_backend,
         ip_adapter=None if ip_adapter is None else ip_adapter.info,
     )
-
-
-def _locate(settings: Settings, on_stage: Callable[[str], None]) -> Path:
-    """The folder of the checkpoint, bundled, local or fetched from the hub into its cache; or its one file."""
-    if settings.is_bundled_model:
-        return BUNDLED_FOLDER
-    path = Path(settings.model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
-        return path
-    if path.exists() or settings.model_name != settings.model:
-        state = "is neither a folder in diffusers format nor a .safetensors file" if path.exists() else "does not exist"
-        raise StartupError(f"model {settings.model!r} {state}")
-    on_stage(f"looking {settings.model} up in the local cache" if settings.offline else f"fetching {settings.model}")
-    try:
-        return Path(
-            DiffusionPipeline.download(
-                settings.model,
-                revision=settings.revision,
-                variant=settings.variant,
-                use_safetensors=True,
-                local_files_only=settings.offline,
-            )
-        )
-    except Exception as error:
-        logger.debug("download failed", exc_info=error)
-        where = "the local cache (offline)" if settings.offline else "the model hub"
-        raise StartupError(f"cannot get model {settings.model!r} from {where}: {_first_line(error)}") from error
 
 
 def _check_supported(unet: UNet2DConditionModel, name: str) -> None:

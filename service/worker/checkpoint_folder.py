@@ -5,7 +5,8 @@ numbers and say so only in a log line; here every weight has to be in the folder
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ _WEIGHTS: dict[str, tuple[Any, ...]] = {
     "safety_checker": (StableDiffusionSafetyChecker,),
 }
 """The weights that are checked, and the only classes that are served."""
+
+_WEIGHTS_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
+)
+"""The names that diffusers and transformers look for; shards were numbered before the variant, and once after it."""
 
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -51,6 +57,7 @@ def load_folder(
     index = _read_index(folder, name)
     parts: dict[str, Any] = {}
     present = [part for part in _WEIGHTS if _is_present(index, part)]
+    _check_variant([folder / part for part in present], variant, name)
     for number, part in enumerate(present, start=1):
         on_stage(f"loading {part} ({number} of {len(present)})")
         parts[part] = _load_weights(folder / part, index[part][1], dtype=dtype, name=name, variant=variant)
@@ -100,10 +107,17 @@ def _load_weights(folder: Path, class_name: str, *, dtype: torch.dtype, name: st
         if flax_files:
             return _load_flax(flax_files[0], cls, name, dtype)
         raise StartupError(f"model {name!r}: {part} has no .safetensors weights; pickles are not loaded")
+    variants = _variants(folder)
+    # A part without the variant has its plain weights, as in stock.
+    chosen = variant if variant in variants else None
+    if variants and chosen not in variants:
+        raise StartupError(
+            f"model {name!r}: {part} has only variants of its weights: set INPAINT_VARIANT to {_listed(variants)}"
+        )
     model, loading = cls.from_pretrained(
         folder,
         dtype=dtype,
-        variant=variant,
+        variant=chosen,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -112,6 +126,23 @@ def _load_weights(folder: Path, class_name: str, *, dtype: torch.dtype, name: st
     if faults:
         raise StartupError(f"model {name!r}: {part} lacks {len(faults)} of its weights, the first is {faults[0]}")
     return model
+
+
+def _variants(folder: Path) -> set[str | None]:
+    """Of a part's weights; None for the plain ones."""
+    matches = (_WEIGHTS_FILE.fullmatch(path.name) for path in folder.glob("*.safetensors"))
+    return {match["variant"] for match in matches if match is not None}
+
+
+def _check_variant(folders: Sequence[Path], variant: str | None, name: str) -> None:
+    """Whether the variant is anywhere in the checkpoint."""
+    found = set().union(*map(_variants, folders))
+    if variant is not None and variant not in found:
+        raise StartupError(f"model {name!r} has no variant {variant!r} of its weights; it has {_listed(found)}")
+
+
+def _listed(variants: Iterable[str | None]) -> str:
+    return ", ".join(sorted(variant for variant in variants if variant)) or "none"
 
 
 def _load_flax(path: Path, cls: Any, name: str, dtype: torch.dtype) -> Any:  # noqa: ANN401

@@ -132,7 +132,7 @@ def _check_kind(keys: list[str], name: str) -> None:
 
 def _prediction(file: Any, keys: list[str], in_channels: int, *, is_second: bool) -> str:  # noqa: ANN401
     """What the UNet predicts: as the file's metadata say, else as diffusers infers it."""
-    declared = _PREDICTIONS.get((file.metadata() or {}).get("modelspec.prediction_type", ""))
+    declared = _PREDICTIONS.get((file.metadata() or {}).get("modelspec.prediction_type", "").lower())
     if declared:
         return declared
     is_base = "global_step" in keys and int(file.get_tensor("global_step")) == _BASE_STEPS

@@ -10,7 +10,8 @@ import torch
 
 from service.request import InpaintRequest, InpaintResult, IpAdapterUse
 from service.settings import Settings
-from service.worker.checkpoint import BUNDLED_FOLDER, load
+from service.worker.checkpoint import load
+from service.worker.checkpoint_source import BUNDLED_FOLDER
 from service.worker.pipeline import InpaintPipeline
 from service.worker.schedulers import scheduler_names
 from tests.model.ip_adapter_files import make_image_encoder, make_ip_adapter

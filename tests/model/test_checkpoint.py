@@ -4,8 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from diffusers import StableDiffusionInpaintPipeline
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
 from service.errors import StartupError
@@ -140,7 +143,19 @@ def test_variant_of_the_weights(checkpoint: Path) -> None:
     with_variant(checkpoint, "fp16", 2.0)
     plain = first_weight(checkpoint)
     torch.testing.assert_close(first_weight(checkpoint, variant="fp16"), 2 * plain)
-    assert "bf16" in refusal(checkpoint, variant="bf16")
+    assert "has no variant 'bf16' of its weights; it has fp16" in refusal(checkpoint, variant="bf16")
+
+
+def test_variant_of_some_parts(checkpoint: Path) -> None:
+    """Parts that lack the variant have their plain weights, as in stock; plain weights are not replaced unasked."""
+    path = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    expected = StableDiffusionInpaintPipeline.from_pretrained(checkpoint, variant="fp16")
+    ours = load(Settings(model=str(checkpoint), variant="fp16"), CPU)
+    for part in ("unet", "vae", "text_encoder"):
+        theirs = getattr(expected, part).state_dict()
+        assert all(torch.equal(weight, theirs[key]) for key, weight in getattr(ours, part).state_dict().items()), part
+    assert "unet has only variants of its weights: set INPAINT_VARIANT to fp16" in refusal(checkpoint)
 
 
 @pytest.fixture
@@ -167,8 +182,37 @@ def test_hub_id_and_revision(checkpoint: Path) -> None:
     assert torch.equal(first_weight("somebody/a-model", offline=True), plain)
     torch.testing.assert_close(first_weight("somebody/a-model", offline=True, revision="v2"), 3 * plain)
     assert load(Settings(model="somebody/a-model", offline=True), CPU).info.id == "somebody/a-model"
-    for changes in ({"revision": "v3"}, {"variant": "fp16"}):
-        assert "somebody/a-model" in refusal("somebody/a-model", offline=True, **changes)
+    assert refusal("somebody/a-model", offline=True, revision="v3") == (
+        "cannot get model 'somebody/a-model' at revision 'v3' from the local cache (offline): it is not there, or not "
+        "whole"
+    )
+    assert "has no variant 'fp16'" in refusal("somebody/a-model", offline=True, variant="fp16")
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (RepositoryNotFoundError, "there is no such model, or it is private"),
+        (GatedRepoError, "its licence has to be accepted there, and HF_TOKEN set"),
+        (RevisionNotFoundError, "there is no such revision"),
+        (httpx.ConnectError, "it does not answer, and the local cache does not have the model"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(
+    cause: type[Exception], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's client explains at length, with addresses; the operator gets what to do."""
+
+    def refuse(*_: object, **__: object) -> None:
+        error = cause.__new__(cause)
+        Exception.__init__(error, "404 Client Error.\n\nhttps://huggingface.co/api/models/somebody")
+        raise error
+
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", refuse)
+    message = refusal("somebody/another-model", revision="v2")
+    assert message.startswith("cannot get model 'somebody/another-model' at revision 'v2' from the model hub: ")
+    assert expected in message
+    assert "http" not in message
 
 
 def test_loading_tells_what_it_does(checkpoint: Path) -> None:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from service.request import InpaintRequest, InpaintResult
 from service.settings import Settings
-from service.worker.checkpoint import BUNDLED_FOLDER, load
+from service.worker.checkpoint import load
+from service.worker.checkpoint_source import BUNDLED_FOLDER
 from service.worker.pipeline import InpaintPipeline
 from service.worker.prompts import Prompt, PromptEncoder
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint

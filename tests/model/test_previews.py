@@ -12,7 +12,8 @@ from service.errors import ErrorCode
 from service.messages import Drain, Failed, Submit, Ticked
 from service.request import InpaintRequest, InpaintResult
 from service.settings import Settings
-from service.worker.checkpoint import BUNDLED_FOLDER, load
+from service.worker.checkpoint import load
+from service.worker.checkpoint_source import BUNDLED_FOLDER
 from service.worker.pipeline import InpaintPipeline
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
 from tests.model.mixed_requests import mixed_requests

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from service.errors import ErrorCode, InpaintError
-from service.worker.checkpoint import BUNDLED_FOLDER
+from service.worker.checkpoint_source import BUNDLED_FOLDER
 from service.worker.prompt_syntax import MAX_CHUNKS
 from service.worker.prompts import MAX_CHUNKS_AT_ONCE, Prompt, PromptEncoder
 from tests.model.stock import Stock

@@ -17,7 +17,8 @@ from service.errors import StartupError
 from service.request import InpaintParams, InpaintRequest
 from service.settings import Settings, load_settings
 from service.worker import switches
-from service.worker.checkpoint import BUNDLED_FOLDER, load
+from service.worker.checkpoint import load
+from service.worker.checkpoint_source import BUNDLED_FOLDER
 from service.worker.pipeline import InpaintPipeline
 from service.worker.switches import AttentionContext, apply_switches
 from tests.model.checkpoints import NATIVE_SIZE

@@ -18,7 +18,8 @@ from service.errors import StartupError
 from service.messages import EmbeddingInfo
 from service.request import InpaintParams
 from service.settings import Settings
-from service.worker.checkpoint import BUNDLED_FOLDER, load
+from service.worker.checkpoint import load
+from service.worker.checkpoint_source import BUNDLED_FOLDER
 from service.worker.pipeline import InpaintPipeline
 from service.worker.prompts import Prompt, PromptEncoder
 from service.worker.textual_inversion import load_embeddings

@@ -1,0 +1,77 @@
+"""Where a checkpoint is: with the package, on disk, or on the model hub."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from service.errors import StartupError
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BUNDLED_FOLDER = Path(__file__).parent / "models" / "demo"
+
+
+def locate(settings: Settings, on_stage: Callable[[str], None]) -> Path:
+    """The folder of the checkpoint, bundled, local or fetched from the hub into its cache; or its one file.
+
+    Args:
+        settings: The operator's settings.
+        on_stage: Told what is being done.
+
+    Raises:
+        StartupError: There is none.
+    """
+    if settings.is_bundled_model:
+        return BUNDLED_FOLDER
+    path = Path(settings.model).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        return path
+    if path.exists() or settings.model_name != settings.model:
+        state = "is neither a folder in diffusers format nor a .safetensors file" if path.exists() else "does not exist"
+        raise StartupError(f"model {settings.model!r} {state}")
+    on_stage(f"looking {settings.model} up in the local cache" if settings.offline else f"fetching {settings.model}")
+    try:
+        return Path(
+            DiffusionPipeline.download(
+                settings.model,
+                revision=settings.revision,
+                variant=settings.variant,
+                use_safetensors=True,
+                local_files_only=settings.offline,
+            )
+        )
+    except Exception as error:
+        logger.debug("download failed", exc_info=error)
+        at_revision = f" at revision {settings.revision!r}" if settings.revision else ""
+        where = "the local cache (offline)" if settings.offline else "the model hub"
+        reason = _reason(error, is_offline=settings.offline)
+        raise StartupError(f"cannot get model {settings.model!r}{at_revision} from {where}: {reason}") from error
+
+
+def _reason(error: Exception, *, is_offline: bool) -> str:
+    """Why the hub did not give a model, in the operator's words."""
+    for cause in _causes(error):
+        match cause:
+            case GatedRepoError():
+                return "its licence has to be accepted there, and HF_TOKEN set"
+            case RepositoryNotFoundError():
+                return "there is no such model, or it is private and HF_TOKEN is not set"
+            case RevisionNotFoundError():
+                return "there is no such revision"
+            case httpx.TransportError() | ConnectionError():
+                return "it does not answer, and the local cache does not have the model"
+            case FileNotFoundError() if is_offline:
+                return "it is not there, or not whole"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
