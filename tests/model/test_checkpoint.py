@@ -79,11 +79,30 @@ def test_pickled_weights_are_refused(checkpoint: Path) -> None:
     assert "pickles are not loaded" in refusal(checkpoint)
 
 
-def test_corrupt_weights_are_refused(checkpoint: Path) -> None:
-    """Half a file is no model."""
+def test_pickle_under_another_name_is_refused(checkpoint: Path) -> None:
+    """Calling itself safetensors does not make a pickle one."""
+    (path,) = (checkpoint / "unet").glob("*.safetensors")
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.with_suffix(".bin").replace(path)
+    assert "unet: diffusion_pytorch_model.safetensors is a pickle under another name" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("size", [0, 1000, -1])
+def test_corrupt_weights_are_refused(checkpoint: Path, size: int) -> None:
+    """A part of a file is no model."""
     (path,) = (checkpoint / "vae").glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:1000])
-    assert checkpoint.name in refusal(checkpoint)
+    path.write_bytes(path.read_bytes()[:size])
+    assert "vae: diffusion_pytorch_model.safetensors is truncated" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_of_another_shape_are_refused(checkpoint: Path, part: str) -> None:
+    """Weights of a model of another size."""
+    (path,) = (checkpoint / part).glob("*.safetensors")
+    weights = load_file(path)
+    victim = min(weights)
+    save_file(weights | {victim: torch.zeros(3)}, path, metadata={"format": "pt"})
+    assert f"{part} has 1 weights of another shape, the first is {victim}" in refusal(checkpoint)
 
 
 def test_old_scheduler_settings_are_corrected_as_stock_does(checkpoint: Path) -> None:
@@ -95,15 +114,48 @@ def test_old_scheduler_settings_are_corrected_as_stock_does(checkpoint: Path) ->
     assert (corrected.steps_offset, corrected.skip_prk_steps) == (1, True)
 
 
-def test_other_kinds_of_model_are_named(checkpoint: Path) -> None:
-    """SDXL and others are refused by what they are."""
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxFillPipeline",
+        "PixArtAlphaPipeline",
+        "KandinskyV22InpaintPipeline",
+    ],
+)
+def test_other_kinds_of_model_are_named(checkpoint: Path, kind: str) -> None:
+    """SDXL and others are refused by what they are, and the operator learns what is needed."""
     index = checkpoint / "model_index.json"
     content = json.loads(index.read_text(encoding="utf-8"))
-    content["_class_name"] = "StableDiffusionXLInpaintPipeline"
-    index.write_text(json.dumps(content), encoding="utf-8")
-    assert "StableDiffusionXLInpaintPipeline" in refusal(checkpoint)
-    index.unlink()
-    assert "model_index.json" in refusal(checkpoint)
+    index.write_text(json.dumps(content | {"_class_name": kind}), encoding="utf-8")
+    message = refusal(checkpoint)
+    assert kind in message
+    assert "Stable Diffusion 1.x or 2.x is needed" in message
+
+
+def test_latent_consistency_pipeline_is_stable_diffusion(checkpoint: Path) -> None:
+    """LCM-distilled checkpoints name a pipeline of their own; their parts are the same."""
+    index = checkpoint / "model_index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    index.write_text(json.dumps(content | {"_class_name": "LatentConsistencyModelPipeline"}), encoding="utf-8")
+    assert load(Settings(model=str(checkpoint)), CPU).info.kind == "checkpoint"
+
+
+def test_folder_that_is_no_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    """One part of a checkpoint, a LoRA, or a folder of single files."""
+    assert "one part alone, a UNet2DConditionModel" in refusal(checkpoint / "unet")
+    assert "one part alone, a CLIPTextModel" in refusal(checkpoint / "text_encoder")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    save_file({"a": torch.zeros(1)}, lora / "pytorch_lora_weights.safetensors")
+    assert "but a LoRA" in refusal(lora)
+    files = tmp_path / "files"
+    files.mkdir()
+    save_file({"a": torch.zeros(1)}, files / "house.safetensors")
+    assert "name house.safetensors itself" in refusal(files)
+    (checkpoint / "model_index.json").write_text("[]", encoding="utf-8")
+    assert "its model_index.json is not readable" in refusal(checkpoint)
 
 
 def test_missing_model_is_named(tmp_path: Path) -> None:
@@ -140,7 +192,23 @@ def test_variant_of_the_weights(checkpoint: Path) -> None:
     with_variant(checkpoint, "fp16", 2.0)
     plain = first_weight(checkpoint)
     torch.testing.assert_close(first_weight(checkpoint, variant="fp16"), 2 * plain)
-    assert "bf16" in refusal(checkpoint, variant="bf16")
+    message = refusal(checkpoint, variant="bf16")
+    assert message == f"model {checkpoint.name!r} has no variant 'bf16' of its weights; variants there: fp16"
+
+
+def test_parts_without_the_variant_have_their_plain_weights(checkpoint: Path) -> None:
+    """As in stock: published checkpoints often have a half-precision UNet and a safety checker that has none."""
+    with_variant(checkpoint, "fp16", 2.0)
+    (checkpoint / "safety_checker" / "model.fp16.safetensors").unlink()
+    torch.testing.assert_close(first_weight(checkpoint, variant="fp16"), 2 * first_weight(checkpoint))
+    assert load(Settings(model=str(checkpoint), variant="fp16"), CPU).info.has_safety_checker
+
+
+def test_checkpoint_of_variants_only_says_which(checkpoint: Path) -> None:
+    """Weights that are there only as a variant are not taken unasked, but named."""
+    with_variant(checkpoint, "fp16", 2.0)
+    (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "unet has its weights only as variants: set INPAINT_VARIANT to fp16" in refusal(checkpoint)
 
 
 @pytest.fixture
