@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from service.errors import StartupError
@@ -103,6 +104,39 @@ def test_weights_of_another_shape_are_refused(checkpoint: Path, part: str) -> No
     victim = min(weights)
     save_file(weights | {victim: torch.zeros(3)}, path, metadata={"format": "pt"})
     assert f"{part} has 1 weights of another shape, the first is {victim}" in refusal(checkpoint)
+
+
+def test_parts_that_do_not_fit_one_another_are_refused(checkpoint: Path) -> None:
+    """A UNet that reads wider embeddings than the text encoder gives."""
+    other = UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(checkpoint / "unet"), cross_attention_dim=24
+    )
+    other.save_pretrained(checkpoint / "unet")
+    assert "the text encoder's width, 32, is not the UNet's, 24" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"in_channels": 8}, "8 input channels (InstructPix2Pix); 9 or 4 are needed"),
+        ({"in_channels": 5}, "5 input channels (a depth-to-image model)"),
+        ({"class_embed_type": "timestep"}, "a UNet with class_embed_type"),
+        ({"num_class_embeds": 10}, "a UNet with num_class_embeds"),
+        (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 32,
+            },
+            "a UNet with addition_embed_type",
+        ),
+    ],
+)
+def test_unets_of_other_kinds_are_refused(checkpoint: Path, change: dict[str, object], expected: str) -> None:
+    """A UNet that wants more, or other things, than the service gives it."""
+    config = UNet2DConditionModel.load_config(checkpoint / "unet")
+    UNet2DConditionModel.from_config({**config, **change}).save_pretrained(checkpoint / "unet")
+    assert expected in refusal(checkpoint)
 
 
 def test_old_scheduler_settings_are_corrected_as_stock_does(checkpoint: Path) -> None:
