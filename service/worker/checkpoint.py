@@ -102,7 +102,7 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 part.to(device).eval().requires_grad_(False)
-        scheduler = _corrected_scheduler(parts)
+        scheduler = _corrected_scheduler(parts, settings)
     except StartupError:
         raise
     except Exception as error:
@@ -140,18 +140,21 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
 def _load_parts(path: Path, dtype: torch.dtype, settings: Settings, on_stage: Callable[[str], None]) -> dict[str, Any]:
     if path.is_file():
         on_stage(f"loading {settings.model_name}")
-        return load_single_file(path, dtype=dtype, name=settings.model_name)
+        return load_single_file(path, dtype=dtype, name=settings.model_name, prediction_type=settings.prediction_type)
     return load_folder(path, dtype=dtype, name=settings.model_name, variant=settings.variant, on_stage=on_stage)
 
 
-def _corrected_scheduler(parts: dict[str, Any]) -> SchedulerMixin:
+def _corrected_scheduler(parts: dict[str, Any], settings: Settings) -> SchedulerMixin:
     """The checkpoint's scheduler as stock's constructor leaves it: it corrects what old ones have wrong."""
+    scheduler = parts["scheduler"]
+    if settings.prediction_type is not None:
+        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=settings.prediction_type)
     return StableDiffusionInpaintPipeline(
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
         tokenizer=parts["tokenizer"],
         unet=parts["unet"],
-        scheduler=parts["scheduler"],
+        scheduler=scheduler,
         safety_checker=parts.get("safety_checker"),
         feature_extractor=parts.get("feature_extractor"),
         requires_safety_checker=False,

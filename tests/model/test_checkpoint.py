@@ -273,6 +273,14 @@ def test_hub_id_and_revision(checkpoint: Path) -> None:
         assert "somebody/a-model" in refusal("somebody/a-model", offline=True, **changes)
 
 
+def test_operator_says_what_the_unet_predicts(tmp_path: Path) -> None:
+    """What the checkpoint says is what the UNet predicts, unless the operator knows better."""
+    folder = make_checkpoint(tmp_path / "v", prediction_type="v_prediction")
+    assert load(Settings(model=str(folder)), CPU).info.prediction_type == "v_prediction"
+    changed = load(Settings(model=str(folder), prediction_type="epsilon"), CPU)
+    assert (changed.info.prediction_type, changed.scheduler.config.prediction_type) == ("epsilon", "epsilon")
+
+
 def test_loading_tells_what_it_does(checkpoint: Path) -> None:
     """Each part is announced, for the log and `/readyz`."""
     stages: list[str] = []
