@@ -51,6 +51,9 @@ class Settings(BaseModel):
     )
     revision: OptionalText = Field(None, description="Revision of the hub id.")
     variant: OptionalText = Field(None, description="Weight variant of the checkpoint, e.g. fp16.")
+    prediction_type: Annotated[Literal["epsilon", "v_prediction"] | None, BlankIsNone] = Field(
+        None, description="What the UNet predicts; by default what the checkpoint says, or a single file looks like."
+    )
     devices: CommaSeparated = Field(
         ("auto",),
         description="Comma-separated devices, one worker each: auto, cpu, cuda:0,cuda:1 or cpu,cpu.",

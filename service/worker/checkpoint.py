@@ -101,13 +101,13 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 part.to(device).eval().requires_grad_(False)
-        scheduler = _corrected_scheduler(parts)
+        scheduler = _corrected_scheduler(parts, settings)
     except StartupError:
         raise
     except Exception as error:
         logger.debug("loading failed", exc_info=error)
         raise StartupError(f"cannot load model {name!r}: {_first_line(error)}") from error
-    _check_supported(parts["unet"], name)
+    _check_supported(parts["unet"], parts["text_encoder"], name)
     if "safety_checker" not in parts and not settings.allow_unchecked:
         raise StartupError(
             f"model {name!r} has no safety checker: set INPAINT_ALLOW_UNCHECKED=true to serve it without one"
@@ -139,18 +139,21 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
 def _load_parts(path: Path, dtype: torch.dtype, settings: Settings, on_stage: Callable[[str], None]) -> dict[str, Any]:
     if path.is_file():
         on_stage(f"loading {settings.model_name}")
-        return load_single_file(path, dtype=dtype, name=settings.model_name)
+        return load_single_file(path, dtype=dtype, name=settings.model_name, prediction_type=settings.prediction_type)
     return load_folder(path, dtype=dtype, name=settings.model_name, variant=settings.variant, on_stage=on_stage)
 
 
-def _corrected_scheduler(parts: dict[str, Any]) -> SchedulerMixin:
+def _corrected_scheduler(parts: dict[str, Any], settings: Settings) -> SchedulerMixin:
     """The checkpoint's scheduler as stock's constructor leaves it: it corrects what old ones have wrong."""
+    scheduler = parts["scheduler"]
+    if settings.prediction_type is not None:
+        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=settings.prediction_type)
     return StableDiffusionInpaintPipeline(
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
         tokenizer=parts["tokenizer"],
         unet=parts["unet"],
-        scheduler=parts["scheduler"],
+        scheduler=scheduler,
         safety_checker=parts.get("safety_checker"),
         feature_extractor=parts.get("feature_extractor"),
         requires_safety_checker=False,
@@ -196,9 +199,28 @@ def _describe(
     )
 
 
-def _check_supported(unet: UNet2DConditionModel, name: str) -> None:
-    if unet.config.in_channels not in (4, 9):
-        raise StartupError(f"model {name!r} has a UNet of {unet.config.in_channels} input channels; 9 or 4 are needed")
+_UNSUPPORTED = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+"""What makes a UNet ask for more than stock's inpainting pipeline gives it."""
+
+_MEANT_FOR = {5: " (a depth-to-image model)", 7: " (an upscaler)", 8: " (InstructPix2Pix)"}
+"""UNets of other numbers of input channels."""
+
+
+def _check_supported(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, name: str) -> None:
+    """Whether the service has all that the UNet asks for."""
+    config, text_width = unet.config, text_encoder.config.hidden_size
+    if config.in_channels not in (4, 9):
+        raise StartupError(
+            f"model {name!r} has a UNet of {config.in_channels} input channels"
+            f"{_MEANT_FOR.get(config.in_channels, '')}; 9 or 4 are needed"
+        )
+    for option in _UNSUPPORTED:
+        if getattr(config, option) is not None:
+            raise StartupError(f"model {name!r} has a UNet with {option}; Stable Diffusion 1.x or 2.x is needed")
+    if config.cross_attention_dim != text_width:
+        raise StartupError(
+            f"model {name!r}: the text encoder's width, {text_width}, is not the UNet's, {config.cross_attention_dim}"
+        )
 
 
 def _dtype(settings: Settings, device: torch.device) -> torch.dtype:

@@ -5,8 +5,8 @@ numbers and say so only in a log line; here every weight has to be in the folder
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer
 
 from service.errors import StartupError
 from service.worker.flax_weights import FLAX_FILES, read_flax_weights
+from service.worker.weight_files import choose_variant, listed, variants
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS: dict[str, tuple[Any, ...]] = {
     "unet": (UNet2DConditionModel,),
@@ -27,10 +30,8 @@ _WEIGHTS: dict[str, tuple[Any, ...]] = {
 }
 """The weights that are checked, and the only classes that are served."""
 
-_WEIGHTS_FILE = re.compile(
-    r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
-)
-"""The names that diffusers and transformers look for; shards were numbered before the variant, and once after it."""
+_OTHER_NAMES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+"""Pipelines of Stable Diffusion's parts that are not called so: those of LCM-distilled checkpoints."""
 
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -78,10 +79,14 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         kind = index.get("_class_name", "")
     except FileNotFoundError:
-        raise StartupError(f"model {name!r} is no diffusers folder: it has no model_index.json") from None
+        raise StartupError(
+            f"model {name!r} is no diffusers folder: it has no model_index.json{_what_is_there(folder)}"
+        ) from None
     except (ValueError, AttributeError, OSError):
         raise StartupError(f"model {name!r}: its model_index.json is not readable") from None
-    if "XL" in kind or "text_encoder_2" in index or not kind.removeprefix("Flax").startswith("StableDiffusion"):
+    is_known = kind.removeprefix("Flax").startswith("StableDiffusion") or kind in _OTHER_NAMES
+    is_later = "XL" in kind or kind.startswith("StableDiffusion3") or {"text_encoder_2", "transformer"} & index.keys()
+    if is_later or not is_known:
         raise StartupError(
             f"model {name!r} is a {kind or 'model of unknown kind'}; Stable Diffusion 1.x or 2.x is needed"
         )
@@ -91,9 +96,29 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
     return dict(index)
 
 
+def _what_is_there(folder: Path) -> str:
+    """What a folder is that is no checkpoint, where that can be told."""
+    if (folder / "adapter_config.json").is_file() or any(folder.glob("*lora*.safetensors")):
+        return ", but a LoRA"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("_class_name") or config["architectures"][0]
+    except (ValueError, LookupError, AttributeError, OSError):
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        return f"; to serve a single file, name {files[0]} itself" if files else ""
+    return f", but one part alone, a {kind}"
+
+
 def _is_present(index: dict[str, Any], part: str) -> bool:
     """Whether the checkpoint has this part; a part that was left out stands as [null, null]."""
     return bool((index.get(part) or [None, None])[1])
+
+
+def _check_variant(folders: list[Path], variant: str | None, name: str) -> None:
+    """Whether the variant that was asked for is anywhere in the checkpoint."""
+    found = {known: files for folder in folders for known, files in variants(folder).items()}
+    if variant is not None and variant not in found:
+        raise StartupError(f"model {name!r} has no variant {variant!r} of its weights; variants there: {listed(found)}")
 
 
 def _load_weights(folder: Path, class_name: str, *, dtype: torch.dtype, name: str, variant: str | None) -> Any:  # noqa: ANN401
@@ -106,43 +131,29 @@ def _load_weights(folder: Path, class_name: str, *, dtype: torch.dtype, name: st
         flax_files = [path for path in (folder / file for file in FLAX_FILES) if path.is_file()]
         if flax_files:
             return _load_flax(flax_files[0], cls, name, dtype)
-        raise StartupError(f"model {name!r}: {part} has no .safetensors weights; pickles are not loaded")
-    variants = _variants(folder)
-    # A part without the variant has its plain weights, as in stock.
-    chosen = variant if variant in variants else None
-    if variants and chosen not in variants:
-        raise StartupError(
-            f"model {name!r}: {part} has only variants of its weights: set INPAINT_VARIANT to {_listed(variants)}"
+    what = f"model {name!r}: {part}"
+    chosen = choose_variant(folder, variant, what)
+    try:
+        model, loading = cls.from_pretrained(
+            folder,
+            dtype=dtype,
+            variant=chosen,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # Into the loading info, and refused below.
+            output_loading_info=True,
         )
-    model, loading = cls.from_pretrained(
-        folder,
-        dtype=dtype,
-        variant=chosen,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    faults = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
-    if faults:
-        raise StartupError(f"model {name!r}: {part} lacks {len(faults)} of its weights, the first is {faults[0]}")
+    except Exception as error:
+        logger.debug("loading failed", exc_info=error)
+        raise StartupError(f"{what} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from error
+    for keys, fault in (
+        (loading["missing_keys"], "lacks {} of its weights, the first is {}"),
+        (loading["mismatched_keys"], "has {} weights of another shape, the first is {}"),
+    ):
+        names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+        if names:
+            raise StartupError(f"{what} {fault.format(len(names), names[0])}")
     return model
-
-
-def _variants(folder: Path) -> set[str | None]:
-    """Of a part's weights; None for the plain ones."""
-    matches = (_WEIGHTS_FILE.fullmatch(path.name) for path in folder.glob("*.safetensors"))
-    return {match["variant"] for match in matches if match is not None}
-
-
-def _check_variant(folders: Sequence[Path], variant: str | None, name: str) -> None:
-    """Whether the variant is anywhere in the checkpoint."""
-    found = set().union(*map(_variants, folders))
-    if variant is not None and variant not in found:
-        raise StartupError(f"model {name!r} has no variant {variant!r} of its weights; it has {_listed(found)}")
-
-
-def _listed(variants: Iterable[str | None]) -> str:
-    return ", ".join(sorted(variant for variant in variants if variant)) or "none"
 
 
 def _load_flax(path: Path, cls: Any, name: str, dtype: torch.dtype) -> Any:  # noqa: ANN401

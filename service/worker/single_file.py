@@ -8,6 +8,7 @@ by what it is.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from service.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 CONFIGS_FOLDER = Path(__file__).parent / "configs"
 
@@ -59,14 +62,24 @@ _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_pr
 _BASE_STEPS = 875_000
 """The training step that Stable Diffusion 2's 512-pixel base, which predicts noise, was saved at."""
 
+_TELLTALE = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_TELLTALE_STD = 0.09
+"""Published Stable Diffusion 2 UNets deviate more here where they predict v, less where noise (found by ComfyUI)."""
 
-def load_single_file(path: Path, *, dtype: torch.dtype, name: str, configs: Path = CONFIGS_FOLDER) -> dict[str, Any]:
+_WRAPPER = "state_dict."
+"""What a training loop's checkpoint has before every name."""
+
+
+def load_single_file(
+    path: Path, *, dtype: torch.dtype, name: str, prediction_type: str | None = None, configs: Path = CONFIGS_FOLDER
+) -> dict[str, Any]:
     """The parts of a checkpoint in one file, on the CPU, every weight of them accounted for.
 
     Args:
         path: The file.
         dtype: What type its weights become.
         name: What messages call it.
+        prediction_type: What the UNet predicts, where the operator says it.
         configs: Folder of the configurations, one folder per kind, and of the vocabulary.
 
     Returns:
@@ -77,7 +90,7 @@ def load_single_file(path: Path, *, dtype: torch.dtype, name: str, configs: Path
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return _load_parts(file, dtype, name, configs)
+            return _load_parts(_Unwrapped(file), dtype, name, prediction_type, configs)
     except SafetensorError as error:
         if _is_pickle(path):
             raise StartupError(f"model {name!r} is a pickle under another name; pickles are not loaded") from error
@@ -86,17 +99,45 @@ def load_single_file(path: Path, *, dtype: torch.dtype, name: str, configs: Path
         raise StartupError(f"model {name!r} is not readable: {error.strerror or error}") from error
 
 
-def _load_parts(file: Any, dtype: torch.dtype, name: str, configs: Path) -> dict[str, Any]:  # noqa: ANN401
-    keys = list(file.keys())
+class _Unwrapped:
+    """An open file whose names lack the wrapper's prefix, if it has one.
+
+    Args:
+        file: What `safe_open` gives.
+    """
+
+    def __init__(self, file: Any) -> None:  # noqa: ANN401
+        self._file = file
+        self._names = {key.removeprefix(_WRAPPER): key for key in file.keys()}  # noqa: SIM118 - it is no mapping
+
+    def keys(self) -> list[str]:
+        return list(self._names)
+
+    def metadata(self) -> dict[str, str]:
+        return self._file.metadata() or {}
+
+    def get_shape(self, name: str) -> list[int]:
+        shape: list[int] = self._file.get_slice(self._names[name]).get_shape()
+        return shape
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(self._names[name])
+        return tensor
+
+
+def _load_parts(
+    file: _Unwrapped, dtype: torch.dtype, name: str, prediction_type: str | None, configs: Path
+) -> dict[str, Any]:
+    keys = file.keys()
     _check_kind(keys, name)
-    in_channels = file.get_slice(_FIRST_CONVOLUTION).get_shape()[1] if _FIRST_CONVOLUTION in keys else 4
+    in_channels = file.get_shape(_FIRST_CONVOLUTION)[1] if _FIRST_CONVOLUTION in keys else 4
     if in_channels not in (4, 9):
         raise StartupError(
             f"model {name!r} has a UNet of {in_channels} input channels; "
             "Stable Diffusion 1.x or 2.x with 9 or 4 is needed"
         )
     is_second = any(key.startswith(_OPEN_CLIP) for key in keys)
-    prediction = _prediction(file, keys, in_channels, is_second=is_second)
+    prediction = prediction_type or _prediction(file, keys, in_channels, is_second=is_second)
     folder = configs / (("sd2_768" if prediction == "v_prediction" else "sd2_512") if is_second else "sd1")
     scheduler_class = getattr(diffusers, _read(folder / "scheduler" / "scheduler_config.json")["_class_name"])
     merges = (configs / "bpe" / "merges.txt").read_text(encoding="utf-8")
@@ -130,16 +171,22 @@ def _check_kind(keys: list[str], name: str) -> None:
         raise StartupError(f"model {name!r} is {kind}; all of a Stable Diffusion 1.x or 2.x is needed")
 
 
-def _prediction(file: Any, keys: list[str], in_channels: int, *, is_second: bool) -> str:  # noqa: ANN401
-    """What the UNet predicts: as the file's metadata say, else as diffusers infers it."""
-    declared = _PREDICTIONS.get((file.metadata() or {}).get("modelspec.prediction_type", "").lower())
+def _prediction(file: _Unwrapped, keys: list[str], in_channels: int, *, is_second: bool) -> str:
+    """What the UNet predicts: as the file's metadata say, else as its weights do, else as diffusers infers it."""
+    declared = _PREDICTIONS.get(file.metadata().get("modelspec.prediction_type", "").lower())
     if declared:
         return declared
-    is_base = "global_step" in keys and int(file.get_tensor("global_step")) == _BASE_STEPS
-    return "v_prediction" if is_second and in_channels == 4 and not is_base else "epsilon"  # noqa: PLR2004
+    if not is_second or in_channels != 4:  # noqa: PLR2004 - latents alone; no published inpainting model predicts v
+        return "epsilon"
+    is_noise = "global_step" in keys and int(file.get_tensor("global_step")) == _BASE_STEPS
+    if not is_noise and _TELLTALE in keys:
+        is_noise = float(file.get_tensor(_TELLTALE).float().std(correction=0)) <= _TELLTALE_STD
+    found = "epsilon" if is_noise else "v_prediction"
+    logger.info("the file does not say what its UNet predicts: it looks like %s", found)
+    return found
 
 
-def _weights(file: Any, keys: list[str], prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ANN401
+def _weights(file: _Unwrapped, keys: list[str], prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {key: file.get_tensor(key).to(dtype) for key in keys if key.startswith(prefix)}
 
 

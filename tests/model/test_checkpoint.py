@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline
+from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -82,11 +82,63 @@ def test_pickled_weights_are_refused(checkpoint: Path) -> None:
     assert "pickles are not loaded" in refusal(checkpoint)
 
 
-def test_corrupt_weights_are_refused(checkpoint: Path) -> None:
-    """Half a file is no model."""
+def test_pickle_under_another_name_is_refused(checkpoint: Path) -> None:
+    """Calling itself safetensors does not make a pickle one."""
+    (path,) = (checkpoint / "unet").glob("*.safetensors")
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.with_suffix(".bin").replace(path)
+    assert "unet: diffusion_pytorch_model.safetensors is a pickle under another name" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("size", [0, 1000, -1])
+def test_corrupt_weights_are_refused(checkpoint: Path, size: int) -> None:
+    """A part of a file is no model."""
     (path,) = (checkpoint / "vae").glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:1000])
-    assert checkpoint.name in refusal(checkpoint)
+    path.write_bytes(path.read_bytes()[:size])
+    assert "vae: diffusion_pytorch_model.safetensors is truncated" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_of_another_shape_are_refused(checkpoint: Path, part: str) -> None:
+    """Weights of a model of another size."""
+    (path,) = (checkpoint / part).glob("*.safetensors")
+    weights = load_file(path)
+    victim = min(weights)
+    save_file(weights | {victim: torch.zeros(3)}, path, metadata={"format": "pt"})
+    assert f"{part} has 1 weights of another shape, the first is {victim}" in refusal(checkpoint)
+
+
+def test_parts_that_do_not_fit_one_another_are_refused(checkpoint: Path) -> None:
+    """A UNet that reads wider embeddings than the text encoder gives."""
+    other = UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(checkpoint / "unet"), cross_attention_dim=24
+    )
+    other.save_pretrained(checkpoint / "unet")
+    assert "the text encoder's width, 32, is not the UNet's, 24" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"in_channels": 8}, "8 input channels (InstructPix2Pix); 9 or 4 are needed"),
+        ({"in_channels": 5}, "5 input channels (a depth-to-image model)"),
+        ({"class_embed_type": "timestep"}, "a UNet with class_embed_type"),
+        ({"num_class_embeds": 10}, "a UNet with num_class_embeds"),
+        (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 32,
+            },
+            "a UNet with addition_embed_type",
+        ),
+    ],
+)
+def test_unets_of_other_kinds_are_refused(checkpoint: Path, change: dict[str, object], expected: str) -> None:
+    """A UNet that wants more, or other things, than the service gives it."""
+    config = UNet2DConditionModel.load_config(checkpoint / "unet")
+    UNet2DConditionModel.from_config({**config, **change}).save_pretrained(checkpoint / "unet")
+    assert expected in refusal(checkpoint)
 
 
 def test_old_scheduler_settings_are_corrected_as_stock_does(checkpoint: Path) -> None:
@@ -98,15 +150,48 @@ def test_old_scheduler_settings_are_corrected_as_stock_does(checkpoint: Path) ->
     assert (corrected.steps_offset, corrected.skip_prk_steps) == (1, True)
 
 
-def test_other_kinds_of_model_are_named(checkpoint: Path) -> None:
-    """SDXL and others are refused by what they are."""
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxFillPipeline",
+        "PixArtAlphaPipeline",
+        "KandinskyV22InpaintPipeline",
+    ],
+)
+def test_other_kinds_of_model_are_named(checkpoint: Path, kind: str) -> None:
+    """SDXL and others are refused by what they are, and the operator learns what is needed."""
     index = checkpoint / "model_index.json"
     content = json.loads(index.read_text(encoding="utf-8"))
-    content["_class_name"] = "StableDiffusionXLInpaintPipeline"
-    index.write_text(json.dumps(content), encoding="utf-8")
-    assert "StableDiffusionXLInpaintPipeline" in refusal(checkpoint)
-    index.unlink()
-    assert "model_index.json" in refusal(checkpoint)
+    index.write_text(json.dumps(content | {"_class_name": kind}), encoding="utf-8")
+    message = refusal(checkpoint)
+    assert kind in message
+    assert "Stable Diffusion 1.x or 2.x is needed" in message
+
+
+def test_latent_consistency_pipeline_is_stable_diffusion(checkpoint: Path) -> None:
+    """LCM-distilled checkpoints name a pipeline of their own; their parts are the same."""
+    index = checkpoint / "model_index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    index.write_text(json.dumps(content | {"_class_name": "LatentConsistencyModelPipeline"}), encoding="utf-8")
+    assert load(Settings(model=str(checkpoint)), CPU).info.kind == "checkpoint"
+
+
+def test_folder_that_is_no_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    """One part of a checkpoint, a LoRA, or a folder of single files."""
+    assert "one part alone, a UNet2DConditionModel" in refusal(checkpoint / "unet")
+    assert "one part alone, a CLIPTextModel" in refusal(checkpoint / "text_encoder")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    save_file({"a": torch.zeros(1)}, lora / "pytorch_lora_weights.safetensors")
+    assert "but a LoRA" in refusal(lora)
+    files = tmp_path / "files"
+    files.mkdir()
+    save_file({"a": torch.zeros(1)}, files / "house.safetensors")
+    assert "name house.safetensors itself" in refusal(files)
+    (checkpoint / "model_index.json").write_text("[]", encoding="utf-8")
+    assert "its model_index.json is not readable" in refusal(checkpoint)
 
 
 def test_missing_model_is_named(tmp_path: Path) -> None:
@@ -143,7 +228,8 @@ def test_variant_of_the_weights(checkpoint: Path) -> None:
     with_variant(checkpoint, "fp16", 2.0)
     plain = first_weight(checkpoint)
     torch.testing.assert_close(first_weight(checkpoint, variant="fp16"), 2 * plain)
-    assert "has no variant 'bf16' of its weights; it has fp16" in refusal(checkpoint, variant="bf16")
+    message = refusal(checkpoint, variant="bf16")
+    assert message == f"model {checkpoint.name!r} has no variant 'bf16' of its weights; variants there: fp16"
 
 
 def test_variant_of_some_parts(checkpoint: Path) -> None:
@@ -155,7 +241,7 @@ def test_variant_of_some_parts(checkpoint: Path) -> None:
     for part in ("unet", "vae", "text_encoder"):
         theirs = getattr(expected, part).state_dict()
         assert all(torch.equal(weight, theirs[key]) for key, weight in getattr(ours, part).state_dict().items()), part
-    assert "unet has only variants of its weights: set INPAINT_VARIANT to fp16" in refusal(checkpoint)
+    assert "unet has its weights only as variants: set INPAINT_VARIANT to fp16" in refusal(checkpoint)
 
 
 @pytest.fixture
@@ -213,6 +299,14 @@ def test_what_the_hub_refuses_is_one_line(
     assert message.startswith("cannot get model 'somebody/another-model' at revision 'v2' from the model hub: ")
     assert expected in message
     assert "http" not in message
+
+
+def test_operator_says_what_the_unet_predicts(tmp_path: Path) -> None:
+    """What the checkpoint says is what the UNet predicts, unless the operator knows better."""
+    folder = make_checkpoint(tmp_path / "v", prediction_type="v_prediction")
+    assert load(Settings(model=str(folder)), CPU).info.prediction_type == "v_prediction"
+    changed = load(Settings(model=str(folder), prediction_type="epsilon"), CPU)
+    assert (changed.info.prediction_type, changed.scheduler.config.prediction_type) == ("epsilon", "epsilon")
 
 
 def test_loading_tells_what_it_does(checkpoint: Path) -> None:

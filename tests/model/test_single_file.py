@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from service.errors import StartupError
 from service.settings import Settings
-from service.worker import checkpoint
+from service.worker import checkpoint, single_file
 from service.worker.single_file import CONFIGS_FOLDER, load_single_file
 from tests.model.original_layout import Original, make_original
 
@@ -124,6 +125,37 @@ def test_what_the_unet_predicts(first: Original, second: Original, tmp_path: Pat
     assert prediction(inpainting, inpainting.weights) == noise
     declared = prediction(first, first.weights, **{"modelspec.prediction_type": "v"})
     assert declared == ("v_prediction", "PNDMScheduler")
+
+
+def test_what_the_unet_predicts_is_seen_in_published_weights() -> None:
+    """Of Stable Diffusion 2, the 512-pixel models predict noise: a weight tells, whatever step they were saved at."""
+    telltale = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    file = MagicMock(metadata=dict)
+    for scale, expected in ((0.05, "epsilon"), (0.15, "v_prediction")):
+        file.get_tensor.return_value = scale * torch.tensor([-1.0, 1.0] * 160)
+        assert single_file._prediction(file, [telltale], 4, is_second=True) == expected
+        assert single_file._prediction(file, [telltale], 9, is_second=True) == "epsilon"
+        assert single_file._prediction(file, [telltale], 4, is_second=False) == "epsilon"
+
+
+def test_operator_has_the_last_word_on_what_the_unet_predicts(second: Original, tmp_path: Path) -> None:
+    """Neither weights nor metadata are always right."""
+    path = written(tmp_path, second.weights, {"modelspec.prediction_type": "V"})
+    for said, scheduler in (("epsilon", "PNDMScheduler"), ("v_prediction", "DDIMScheduler"), (None, "DDIMScheduler")):
+        parts = load_single_file(
+            path, dtype=torch.float32, name=path.name, prediction_type=said, configs=second.configs
+        )
+        assert type(parts["scheduler"]).__name__ == scheduler
+        assert parts["scheduler"].config.prediction_type == (said or "v_prediction")
+
+
+def test_wrapped_names_do_not_matter(second: Original, tmp_path: Path) -> None:
+    """A training loop's checkpoint has every name behind a prefix."""
+    wrapped = written(tmp_path, {f"state_dict.{name}": weight for name, weight in second.weights.items()})
+    parts = load(second, wrapped)
+    for part in ("unet", "vae", "text_encoder"):
+        expected = getattr(second, part).state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in parts[part].state_dict().items())
 
 
 def test_vocabulary_is_clips(first: Original, second: Original, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ def test_environment_is_read_and_flags_win() -> None:
         ("cpu_threads", "3", 3),
         ("metrics_port", "9100", 9100),
         ("revision", " ", None),
+        ("prediction_type", "v_prediction", "v_prediction"),
+        ("prediction_type", "", None),
         ("offline", "true", True),
         ("max_body_mib", "0.5", 0.5),
     ],
@@ -56,6 +58,7 @@ def test_values_are_read_from_text(name: str, text: str, value: object) -> None:
         ("dtype", "int8"),
         ("max_pixels", "10"),
         ("log_level", "trace"),
+        ("prediction_type", "v"),
     ],
 )
 def test_value_that_does_not_fit_is_named(name: str, text: str) -> None:
