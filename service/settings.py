@@ -68,6 +68,9 @@ class Settings(BaseModel):
     allow_unchecked: bool = Field(
         False, description="Serve a checkpoint that has no safety checker; its images are never flagged."
     )
+    safety_checker: OptionalPath = Field(
+        None, description="Folder of a safety checker, or of a checkpoint that has one, to use for this model."
+    )
     nsfw_policy: NsfwPolicy = Field("black", description="What a flagged image comes back as: black, blur or flag.")
 
     # What the model's parts cost.

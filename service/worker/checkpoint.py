@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from service.errors import StartupError
 from service.messages import EmbeddingInfo, ModelInfo
 from service.settings import Settings
-from service.worker.checkpoint_folder import load_folder
+from service.worker.checkpoint_folder import load_folder, load_safety_checker
 from service.worker.checkpoint_source import locate
 from service.worker.ip_adapter import IpAdapter, load_ip_adapter
 from service.worker.schedulers import names_taking, scheduler_names, short_name
@@ -97,6 +97,10 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
     path = locate(settings, on_stage)
     try:
         parts = _load_parts(path, dtype, settings, on_stage)
+        if settings.safety_checker is not None:
+            on_stage("loading the safety checker of the settings")
+            checker = settings.safety_checker.expanduser()
+            parts |= load_safety_checker(checker, dtype=dtype, name=checker.name)
         on_stage(f"moving the weights to {device}")
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
@@ -110,7 +114,8 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
     _check_supported(parts["unet"], parts["text_encoder"], name)
     if "safety_checker" not in parts and not settings.allow_unchecked:
         raise StartupError(
-            f"model {name!r} has no safety checker: set INPAINT_ALLOW_UNCHECKED=true to serve it without one"
+            f"model {name!r} has no safety checker: name one's folder in INPAINT_SAFETY_CHECKER,"
+            " or set INPAINT_ALLOW_UNCHECKED=true to serve it without"
         )
     embeddings: tuple[EmbeddingInfo, ...] = ()
     if settings.embeddings_dir is not None:

@@ -66,11 +66,39 @@ def load_folder(
     parts["scheduler"] = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
     parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
     if "safety_checker" in parts:
-        # The Pillow one, wherever torchvision is installed too: other resampling gives other NSFW scores.
-        parts["feature_extractor"] = CLIPImageProcessorPil.from_pretrained(
-            folder, subfolder="feature_extractor", local_files_only=True
-        )
+        parts["feature_extractor"] = _load_extractor(folder / "feature_extractor")
     return parts
+
+
+def load_safety_checker(folder: Path, *, dtype: torch.dtype, name: str) -> dict[str, Any]:
+    """A safety checker from a folder of its own, with its preprocessing beside it, or from another checkpoint's folder.
+
+    Args:
+        folder: Either.
+        dtype: What type its weights become.
+        name: What messages call it.
+
+    Returns:
+        `safety_checker` and `feature_extractor`.
+
+    Raises:
+        StartupError: It is not there, not complete, or pickled.
+    """
+    checker, extractor = folder / "safety_checker", folder / "feature_extractor"
+    if not checker.is_dir():
+        checker = extractor = folder
+    if not (checker / "config.json").is_file() or not (extractor / "preprocessor_config.json").is_file():
+        raise StartupError(f"safety checker {name!r} lacks its config.json or preprocessor_config.json")
+    (cls,) = _WEIGHTS["safety_checker"]
+    return {
+        "safety_checker": _read_weights(checker, cls, dtype=dtype, what=f"safety checker {name!r}", variant=None),
+        "feature_extractor": _load_extractor(extractor),
+    }
+
+
+def _load_extractor(folder: Path) -> CLIPImageProcessorPil:
+    # The Pillow one, wherever torchvision is installed too: other resampling gives other NSFW scores.
+    return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
 
 
 def _read_index(folder: Path, name: str) -> dict[str, Any]:
@@ -131,7 +159,11 @@ def _load_weights(folder: Path, class_name: str, *, dtype: torch.dtype, name: st
         flax_files = [path for path in (folder / file for file in FLAX_FILES) if path.is_file()]
         if flax_files:
             return _load_flax(flax_files[0], cls, name, dtype)
-    what = f"model {name!r}: {part}"
+    return _read_weights(folder, cls, dtype=dtype, what=f"model {name!r}: {part}", variant=variant)
+
+
+def _read_weights(folder: Path, cls: Any, *, dtype: torch.dtype, what: str, variant: str | None) -> Any:  # noqa: ANN401
+    """A model of the safetensors of its folder."""
     chosen = choose_variant(folder, variant, what)
     try:
         model, loading = cls.from_pretrained(

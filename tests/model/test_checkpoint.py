@@ -209,6 +209,25 @@ def test_checkpoint_without_safety_checker_needs_consent(tmp_path: Path) -> None
     assert not load(Settings(model=str(folder), allow_unchecked=True), CPU).info.has_safety_checker
 
 
+def test_safety_checker_of_the_operator_is_used(checkpoint: Path, tmp_path: Path) -> None:
+    """A checker from another checkpoint, or from a folder of its own, for a checkpoint that has none."""
+    folder = make_checkpoint(tmp_path / "unchecked", has_safety_checker=False)
+    alone = Path(shutil.copytree(checkpoint / "safety_checker", tmp_path / "checker"))
+    shutil.copy(checkpoint / "feature_extractor" / "preprocessor_config.json", alone)
+    expected = load_file(alone / "model.safetensors")["concept_embeds"]
+    for named in (checkpoint, alone):
+        components = load(Settings(model=str(folder), safety_checker=named), CPU)
+        assert components.info.has_safety_checker
+        assert components.safety_checker is not None
+        assert torch.equal(components.safety_checker.concept_embeds, expected)
+        assert components.feature_extractor.crop_size["height"] == 30
+    path = alone / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "safety checker 'checker': model.safetensors is truncated" in refusal(folder, safety_checker=alone)
+    (alone / "preprocessor_config.json").unlink()
+    assert "lacks its config.json or preprocessor_config.json" in refusal(folder, safety_checker=alone)
+
+
 # --- variants and the hub ----------------------------------------------------------------
 
 

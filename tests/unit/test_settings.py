@@ -35,6 +35,7 @@ def test_environment_is_read_and_flags_win() -> None:
         ("cpu_threads", "3", 3),
         ("metrics_port", "9100", 9100),
         ("revision", " ", None),
+        ("safety_checker", " ", None),
         ("prediction_type", "v_prediction", "v_prediction"),
         ("prediction_type", "", None),
         ("offline", "true", True),
