@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from service.errors import StartupError
+from service.worker.weight_files import is_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def load_single_file(
         with safe_open(path, framework="pt") as file:
             return _load_parts(_Unwrapped(file), dtype, name, prediction_type, configs)
     except SafetensorError as error:
-        if _is_pickle(path):
+        if is_pickle(path):
             raise StartupError(f"model {name!r} is a pickle under another name; pickles are not loaded") from error
         raise StartupError(f"model {name!r} is truncated or no safetensors file") from error
     except OSError as error:
@@ -258,12 +259,6 @@ def _make_tokenizer(merges: str, config: dict[str, Any]) -> CLIPTokenizer:
         "<|endoftext|>",
     ]
     return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, pairs, **config)
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether a file that is no safetensors is what `torch.save` writes, now or in its old format."""
-    with path.open("rb") as file:
-        return file.read(4).startswith((b"PK\x03\x04", b"\x80"))
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401

@@ -12,9 +12,6 @@ logger = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 100_000_000
 """Of a safetensors file, as in its library."""
 
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-"""How a file of `torch.save` begins: a zip archive since torch 1.6, a bare pickle before."""
-
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 _WEIGHT_FILE = re.compile(
@@ -63,7 +60,7 @@ def listed(found: dict[str | None, list[Path]]) -> str:
 
 
 def check_whole(path: Path, what: str) -> None:
-    """Whether a file is what its name says and all there, by its first bytes and its header.
+    """Whether a file is what its name says and all there, by its header.
 
     Raises:
         StartupError: It is a pickle, cut off, or no safetensors file.
@@ -71,10 +68,7 @@ def check_whole(path: Path, what: str) -> None:
     try:
         with path.open("rb") as file:
             # Eight bytes of the header's length, little endian; then the header, in JSON; then the tensors.
-            start = file.read(8)
-            if start.startswith(_PICKLE_STARTS):
-                raise StartupError(f"{what}: {path.name} is a pickle under another name; pickles are not loaded")
-            header_length = int.from_bytes(start, "little")
+            header_length = int.from_bytes(file.read(8), "little")
             is_whole = header_length <= MAX_HEADER_BYTES
             if is_whole:
                 entries = json.loads(file.read(header_length))
@@ -83,5 +77,17 @@ def check_whole(path: Path, what: str) -> None:
     except (ValueError, KeyError, AttributeError, OSError) as error:
         logger.debug("reading failed", exc_info=error)
         is_whole = False
-    if not is_whole:
-        raise StartupError(f"{what}: {path.name} is truncated or no safetensors file")
+    if is_whole:
+        return
+    if is_pickle(path):
+        raise StartupError(f"{what}: {path.name} is a pickle under another name; pickles are not loaded")
+    raise StartupError(f"{what}: {path.name} is truncated or no safetensors file")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file that is no safetensors is what `torch.save` writes, now or in its old format.
+
+    Says nothing of whole safetensors: the length of their header may begin with the same bytes.
+    """
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from service.errors import StartupError
 from service.settings import Settings
 from service.worker.checkpoint import load
+from service.worker.weight_files import check_whole
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
 
 CPU = torch.device("cpu")
@@ -226,6 +227,18 @@ def test_safety_checker_of_the_operator_is_used(checkpoint: Path, tmp_path: Path
     assert "safety checker 'checker': model.safetensors is truncated" in refusal(folder, safety_checker=alone)
     (alone / "preprocessor_config.json").unlink()
     assert "lacks its config.json or preprocessor_config.json" in refusal(folder, safety_checker=alone)
+
+
+@pytest.mark.parametrize("header_length", [640, 896, 1152, 1408])
+def test_length_that_looks_like_a_pickle(header_length: int, tmp_path: Path) -> None:
+    """A whole file is taken, though the length of its header begins like a pickle: 640 is 80 02."""
+    path = tmp_path / "model.safetensors"
+    header = json.dumps({"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}).encode().ljust(header_length)
+    path.write_bytes(header_length.to_bytes(8, "little") + header + b"abc")
+    check_whole(path, "a part")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StartupError):
+        check_whole(path, "a part")
 
 
 # --- variants and the hub ----------------------------------------------------------------
