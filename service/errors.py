@@ -81,3 +81,8 @@ class InpaintError(Exception):
 
 class StartupError(Exception):
     """The service cannot start. The message is one line that names what and where."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of a failure, in one line; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -24,7 +24,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from service.errors import StartupError
+from service.errors import StartupError, first_line
 from service.messages import EmbeddingInfo, ModelInfo
 from service.settings import Settings
 from service.worker.checkpoint_folder import load_folder, load_safety_checker
@@ -110,7 +110,7 @@ def load(settings: Settings, device: torch.device, on_stage: Callable[[str], Non
         raise
     except Exception as error:
         logger.debug("loading failed", exc_info=error)
-        raise StartupError(f"cannot load model {name!r}: {_first_line(error)}") from error
+        raise StartupError(f"cannot load model {name!r}: {first_line(error)}") from error
     _check_supported(parts["unet"], parts["text_encoder"], name)
     if "safety_checker" not in parts and not settings.allow_unchecked:
         raise StartupError(
@@ -232,7 +232,3 @@ def _dtype(settings: Settings, device: torch.device) -> torch.dtype:
     if settings.dtype == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[settings.dtype]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, UNet2DConditionMod
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer
 
-from service.errors import StartupError
+from service.errors import StartupError, first_line
 from service.worker.flax_weights import FLAX_FILES, read_flax_weights
 from service.worker.weight_files import choose_variant, listed, variants
 
@@ -177,7 +177,7 @@ def _read_weights(folder: Path, cls: Any, *, dtype: torch.dtype, what: str, vari
         )
     except Exception as error:
         logger.debug("loading failed", exc_info=error)
-        raise StartupError(f"{what} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from error
+        raise StartupError(f"{what} cannot be loaded: {first_line(error)}") from error
     for keys, fault in (
         (loading["missing_keys"], "lacks {} of its weights, the first is {}"),
         (loading["mismatched_keys"], "has {} weights of another shape, the first is {}"),

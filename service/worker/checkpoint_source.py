@@ -8,7 +8,7 @@ import httpx
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from service.errors import StartupError
+from service.errors import StartupError, first_line
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def _reason(error: Exception, *, is_offline: bool) -> str:
                 return "it does not answer, and the local cache does not have the model"
             case FileNotFoundError() if is_offline:
                 return "it is not there, or not whole"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from service.errors import StartupError
+from service.errors import StartupError, first_line
 from service.request import Pixels
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ def load_image_encoder(
         )
     except Exception as error:
         logger.debug("loading failed", exc_info=error)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StartupError(f"cannot load image encoder {name!r}: {reason}") from error
+        raise StartupError(f"cannot load image encoder {name!r}: {first_line(error)}") from error
     faults = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if faults:
         raise StartupError(f"image encoder {name!r} lacks {len(faults)} of its weights, the first is {faults[0]}")
