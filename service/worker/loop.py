@@ -1,17 +1,18 @@
-"""The worker's loop: receive, admit, step, retire, report.
+"""The worker's loop: receive, collect, admit, step, retire, report.
 
 It decides nothing about pixels: a `Pipeline` prepares, steps and finishes
-generations, the `Batcher` says which. One request's failure is its own: a
-batch that fails is halved until the culprit stands alone, and the others go on
-from where they were.
+generations, the `Batcher` says which. The loop steps the running batch itself;
+preparing and finishing are jobs, collected between steps. Whatever changes the
+batcher or speaks to the service happens on the loop's thread.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
-from multiprocessing.connection import Connection
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from typing import Protocol, TypeVar
 
 from service.errors import ErrorCode, InpaintError
@@ -32,9 +33,13 @@ from service.messages import (
     Ticked,
 )
 from service.request import Floats, InpaintResult, Pixels, Timings
+from service.worker.attempts import Attempt, as_inpaint_error, attempt
+from service.worker.background import InlineJobs, Jobs, Lane
 from service.worker.batcher import Batcher, Generation
 from service.worker.busy import BusyClock
-from service.worker.faults import BatchTooLarge, DeviceLost
+from service.worker.faults import DeviceLost
+from service.worker.intake import Intake
+from service.worker.previews import Previews
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +47,8 @@ _T = TypeVar("_T")
 
 BUSY_WINDOW_SECONDS = 10.0
 
-MAX_PREVIEWS = 10
-"""Previews of one request at most: each costs its neighbours the time of a decode and a check."""
-
-MIN_PREVIEW_STEP = 2
-"""The first step knows nothing but noise."""
+GATHER_SECONDS = 0.002
+"""What an idle worker waits for the next message of a burst, so that its first requests are prepared together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +69,45 @@ class Finish:
 
 
 class Pipeline(Protocol):
-    """The tensor work. All three calls take generations of one batch key.
+    """The tensor work. `prepare`, `step`, `finish` and `preview` take generations of one batch key.
 
     They raise `BatchTooLarge` or `DeviceLost` for what those say, and otherwise
     leave every generation as it was before the call, so that a smaller batch
     can try again. `finish` reports the fault of one generation in its place.
+
+    On a CUDA device three threads call them at the same time, none of which
+    need be the one that loaded the model: `prepare` has one thread; `finish`
+    and `preview` share another; everything else is called by the loop's. A
+    generation is prepared before it is first stepped, and finished after its
+    last step was asked for.
     """
 
     def prepare(self, generations: Sequence[Generation]) -> None:
         """Encode text and pictures, draw noise; sets `latents` and `steps`."""
 
     def step(self, generations: Sequence[Generation]) -> None:
-        """Advance every image by one model call."""
+        """Advance every image by one model call. The device need not be done with it on return."""
 
     def finish(self, generations: Sequence[Generation]) -> list[Finish | InpaintError]:
         """Decode, check, and give back pictures."""
 
     def preview(self, generations: Sequence[Generation]) -> list[Pixels | None]:
-        """What each may become, where there is something to show."""
+        """What each may become, where there is something to show. May run while they are stepped or after."""
 
     def inspect_lora(self, path: str) -> LoraInfo:
         """What a file is as a LoRA of this model."""
 
     def memory_bytes(self) -> dict[str, int]:
         """Device memory by kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tick:
+    """One step that these generations shared."""
+
+    generations: Sequence[Generation]
+    started_at: float
+    ended_at: float
 
 
 class Worker:
@@ -100,37 +117,53 @@ class Worker:
         connection: The pipe to the API process.
         pipeline: The loaded pipeline.
         batcher: An empty batcher.
+        jobs: Where preparing and finishing run; by default on the loop's thread, between steps.
     """
 
-    def __init__(self, connection: Connection, pipeline: Pipeline, batcher: Batcher) -> None:
+    def __init__(self, connection: Connection, pipeline: Pipeline, batcher: Batcher, jobs: Jobs | None = None) -> None:
         self._connection = connection
         self._pipeline = pipeline
         self._batcher = batcher
+        self._jobs = jobs or InlineJobs()
+        self._intake = Intake()
+        self._previews = Previews()
         self._is_draining = False
         self._busy = BusyClock(BUSY_WINDOW_SECONDS)
 
     def run(self) -> None:
-        """Work until drained or until the API process is gone."""
-        while self._receive():
-            with self._busy:
-                self._expire()
-                self._admit()
-                self._step()
+        """Work until drained or until the API process is gone.
+
+        Raises:
+            DeviceLost: The device needs a new process.
+        """
+        with self._jobs:
+            try:
+                while self._receive():
+                    with self._busy:
+                        self._jobs.collect()
+                        self._expire()
+                        self._admit()
+                        self._step()
+            except (EOFError, ConnectionError):
+                logger.info("the service is gone; worker exits")
 
     # --- receive -------------------------------------------------------------
 
     def _receive(self) -> bool:
-        """Read every message that has arrived; wait for one when there is nothing to do."""
-        try:
-            while True:
-                if self._batcher.is_idle and self._is_draining:
-                    return False
-                if not self._batcher.is_idle and not self._connection.poll():
-                    return True
-                self._handle(self._connection.recv())
-        except (EOFError, ConnectionError):
-            logger.info("the service is gone; worker exits")
+        """Read every message that has arrived; while nothing can be stepped, wait for one or for a job's end."""
+        is_idle = self._batcher.is_idle and self._jobs.is_idle
+        if is_idle and self._is_draining:
             return False
+        if self._batcher.is_stuck:
+            wait([self._connection, *self._jobs.wake_ups], self._seconds_to_deadline())
+        while self._connection.poll(GATHER_SECONDS if is_idle else 0):
+            self._handle(self._connection.recv())
+        return True
+
+    def _seconds_to_deadline(self) -> float | None:
+        """Until the first request expires; None where none ever does."""
+        deadline = min((generation.request.deadline for generation in self._batcher.all()), default=math.inf)
+        return None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
 
     def _handle(self, command: Command) -> None:
         match command:
@@ -153,7 +186,7 @@ class Worker:
         except DeviceLost:
             raise
         except Exception as error:  # noqa: BLE001 - the running batch must not suffer from a file
-            return LoraInspected(number, None, _as_inpaint_error(error).message)
+            return LoraInspected(number, None, as_inpaint_error(error).message)
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -164,157 +197,188 @@ class Worker:
     # --- admit ---------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Prepare what may join, in batches of one key, and let it join."""
+        """Have prepared what may be, and let join what is prepared and has room."""
+        admitted = self._batcher.admit(time.monotonic(), is_ahead=self._jobs.are_background)
+        self._intake.add(admitted)
+        for _key in {generation.key for generation in admitted}:
+            self._jobs.submit(Lane.PREPARE, self._prepare, self._prepared)
         now = time.monotonic()
-        by_key: dict[object, list[Generation]] = {}
-        for generation in self._batcher.admit(now):
-            generation.prepare_started_at = now
-            by_key.setdefault(generation.key, []).append(generation)
-        for generations in by_key.values():
-            prepared = self._attempt(generations, self._prepare)
-            for generation in prepared:
-                self._batcher.start(generation)
+        for generation in self._batcher.join(now):
+            generation.joined_at = now
 
-    def _prepare(self, generations: Sequence[Generation]) -> list[Generation]:
-        self._pipeline.prepare(generations)
-        now = time.monotonic()
-        for generation in generations:
-            generation.prepared_at = now
-        return list(generations)
+    def _prepare(self) -> tuple[float, Attempt[float]]:
+        """When it began, and of each generation when it was prepared."""
+        started_at = time.monotonic()
+
+        def work(generations: Sequence[Generation]) -> list[float]:
+            self._pipeline.prepare(generations)
+            return [time.monotonic()] * len(generations)
+
+        return started_at, attempt(self._intake.take(), work)
+
+    def _prepared(self, outcome: tuple[float, Attempt[float]]) -> None:
+        started_at, attempted = outcome
+        for generation, prepared_at in self._succeeded(attempted, self._num_images_beside_jobs()):
+            generation.prepare_started_at = started_at
+            generation.prepared_at = prepared_at
+            self._batcher.keep(generation)
 
     # --- step ----------------------------------------------------------------
 
     def _step(self) -> None:
         """One step of the batch whose turn it is; those that are done leave it."""
         batch = self._batcher.next_batch()
-        if not batch:
-            return
-        self._attempt(batch, self._tick)
-        self._retire([generation for generation in batch if generation.steps and generation.is_denoised])
+        for generation, tick in self._succeeded(attempt(batch, self._tick)):
+            if generation is tick.generations[0]:
+                self._ticked(tick)
+        self._retire([generation for generation in batch if generation.is_denoised])
 
-    def _tick(self, generations: Sequence[Generation]) -> list[Generation]:
+    def _tick(self, generations: Sequence[Generation]) -> list[_Tick]:
         started_at = time.monotonic()
         self._pipeline.step(generations)
-        now = time.monotonic()
-        num_images = sum(generation.num_images for generation in generations)
-        for generation in generations:
+        return [_Tick(generations, started_at, time.monotonic())] * len(generations)
+
+    def _ticked(self, tick: _Tick) -> None:
+        num_images = sum(generation.num_images for generation in tick.generations)
+        for generation in tick.generations:
             generation.steps_done += 1
             generation.shared_images += num_images
             if generation.steps_done == 1:
-                generation.first_step_at = now
+                generation.first_step_at = tick.ended_at
             if generation.is_denoised:
-                generation.denoised_at = now
-        previews = self._previews(generations)
+                generation.denoised_at = tick.ended_at
+        self._preview(tick.generations)
         self._report(
             Ticked(
-                rows=sum(generation.request.params.num_rows for generation in generations),
+                rows=sum(generation.request.params.num_rows for generation in tick.generations),
                 images=num_images,
-                step_seconds=now - started_at,
+                step_seconds=tick.ended_at - tick.started_at,
                 max_images=self._batcher.max_images,
                 busy_ratio=self._busy.ratio(),
                 memory_bytes=self._pipeline.memory_bytes(),
                 progress=tuple(
-                    StepProgress(g.request_id, g.steps_done, g.steps, previews.get(g.request_id)) for g in generations
+                    StepProgress(one.request_id, one.steps_done, one.steps, self._previews.take(one))
+                    for one in tick.generations
                 ),
             )
         )
-        return list(generations)
 
-    def _previews(self, generations: Sequence[Generation]) -> dict[str, Pixels]:
-        """Pictures of unfinished requests, by id. They are a courtesy: what goes wrong costs a preview, no request."""
-        due = [generation for generation in generations if _is_preview_due(generation)]
-        if not due:
-            return {}
+    def _preview(self, generations: Sequence[Generation]) -> None:
+        """Have pictures made of those that are due one; they are shown with the next step's report."""
+        due = self._previews.begin(generations)
+        if due:
+            self._submit_reader(due, self._made_previews, self._previewed, is_courtesy=True)
+
+    def _made_previews(self, generations: Sequence[Generation]) -> list[tuple[Generation, Pixels | None]]:
+        """A picture of each, where there is one to show; what goes wrong costs previews, no request."""
         try:
-            pictures = self._pipeline.preview(due)
+            return list(zip(generations, self._pipeline.preview(generations), strict=True))
         except DeviceLost:
             raise
         except Exception as error:
-            logger.warning("no previews of %d requests", len(due), exc_info=error)
-            return {}
-        return {
-            generation.request_id: picture
-            for generation, picture in zip(due, pictures, strict=True)
-            if picture is not None
-        }
+            logger.warning("no previews of %d requests", len(generations), exc_info=error)
+            return [(generation, None) for generation in generations]
+
+    def _previewed(self, pictures: list[tuple[Generation, Pixels | None]]) -> None:
+        for generation, picture in pictures:
+            self._previews.end(generation, picture if self._batcher.has(generation) else None)
+            self._let_go(generation)
 
     # --- retire --------------------------------------------------------------
 
     def _retire(self, generations: Sequence[Generation]) -> None:
-        """Decode, check and report what has reached its last step."""
-        if not generations:
-            return
-        for generation, finish in self._attempt(generations, self._finish):
-            if isinstance(finish, InpaintError):
-                self._fail(generation, finish)
-                continue
-            self._batcher.remove(generation)
-            self._report(Finished(generation.request_id, _result(generation, finish)))
+        """Have decoded and checked what has reached its last step."""
+        for generation in generations:
+            self._batcher.retire(generation)
+        if generations:
+            self._submit_reader(generations, self._finish, self._finished)
 
-    def _finish(self, generations: Sequence[Generation]) -> list[tuple[Generation, Finish | InpaintError]]:
-        return list(zip(generations, self._pipeline.finish(generations), strict=True))
+    def _finish(self, generations: Sequence[Generation]) -> tuple[float, Attempt[Finish]]:
+        """When it began, and the pictures of each generation."""
+        return time.monotonic(), attempt(generations, self._pipeline.finish)
 
-    # --- one request's failure is its own --------------------------------------
+    def _finished(self, outcome: tuple[float, Attempt[Finish]]) -> None:
+        started_at, attempted = outcome
+        for generation, finish in self._succeeded(attempted, self._num_images_beside_jobs()):
+            self._end(generation, Finished(generation.request_id, _result(generation, finish, started_at)))
 
-    def _attempt(self, generations: Sequence[Generation], work: Callable[[Sequence[Generation]], list[_T]]) -> list[_T]:
-        """Do `work` on all at once or, where that fails, on halves; what fails alone is answered so."""
-        try:
-            return work(generations)
-        except DeviceLost:
-            raise
-        except Exception as error:
-            if len(generations) > 1:
-                if isinstance(error, BatchTooLarge):
-                    self._lower_cap(generations)
-                else:
-                    logger.warning("a batch of %d failed and is tried in halves", len(generations), exc_info=error)
-                half = len(generations) // 2
-                return self._attempt(generations[:half], work) + self._attempt(generations[half:], work)
-            self._fail(generations[0], _as_inpaint_error(error))
-            return []
+    # --- what becomes of a generation ------------------------------------------
 
-    def _lower_cap(self, generations: Sequence[Generation]) -> None:
+    def _submit_reader(
+        self,
+        generations: Sequence[Generation],
+        work: Callable[[Sequence[Generation]], _T],
+        then: Callable[[_T], None],
+        *,
+        is_courtesy: bool = False,
+    ) -> None:
+        """A job of the finishing thread; while it reads `latents`, they stay."""
+        for generation in generations:
+            generation.num_readers += 1
+
+        def ended(outcome: _T) -> None:
+            for generation in generations:
+                generation.num_readers -= 1
+            then(outcome)
+
+        self._jobs.submit(Lane.FINISH, partial(work, generations), ended, is_courtesy=is_courtesy)
+
+    def _num_images_beside_jobs(self) -> int:
+        """Images that share the device's memory with those of a job."""
+        return self._batcher.num_running_images if self._jobs.are_background else 0
+
+    def _succeeded(self, attempted: Attempt[_T], num_images_beside: int = 0) -> Iterator[tuple[Generation, _T]]:
+        """What went well. The others are answered; what was answered meanwhile is let go."""
+        if attempted.too_many_images is not None:
+            self._lower_cap(attempted.too_many_images + num_images_beside)
+        for generation, outcome in attempted.outcomes:
+            if not self._batcher.has(generation):
+                self._let_go(generation)
+            elif isinstance(outcome, InpaintError):
+                self._fail(generation, outcome)
+            else:
+                yield generation, outcome
+
+    def _lower_cap(self, num_images: int) -> None:
         """Remember that this many images were too many for the device."""
-        cap = max(1, sum(generation.num_images for generation in generations) // 2)
+        cap = max(1, num_images // 2)
         if cap < self._batcher.max_images:
             logger.warning("out of device memory: running at most %d images from now on", cap)
             self._batcher.max_images = cap
 
     def _fail(self, generation: Generation, error: InpaintError) -> None:
-        """The one place where a generation ends without a picture."""
+        """It ends without a picture."""
+        self._end(generation, Failed(generation.request_id, error.code, error.message, error.field))
+
+    def _end(self, generation: Generation, answer: Finished | Failed) -> None:
+        """The one place where a generation ends; whatever a job makes of it later is dropped."""
         self._batcher.remove(generation)
-        generation.latents = None
-        self._report(Failed(generation.request_id, error.code, error.message, error.field))
+        self._intake.discard(generation)
+        self._previews.forget(generation)
+        self._let_go(generation)
+        self._report(answer)
+
+    def _let_go(self, generation: Generation) -> None:
+        """Free what the pipeline keeps of one that has been answered, once no job reads it."""
+        if generation.num_readers == 0 and not self._batcher.has(generation):
+            generation.latents = None
 
     def _report(self, report: Report) -> None:
         self._connection.send(report)
 
 
-def _is_preview_due(generation: Generation) -> bool:
-    """Whether to show what it has become: after some steps, evenly spread; not after the first or the last."""
-    if not generation.request.params.previews or generation.is_denoised or generation.steps_done < MIN_PREVIEW_STEP:
-        return False
-    return generation.steps_done % max(1, ceil(generation.steps / MAX_PREVIEWS)) == 0
-
-
-def _as_inpaint_error(error: Exception) -> InpaintError:
-    if isinstance(error, InpaintError):
-        return error
-    if isinstance(error, BatchTooLarge):
-        return InpaintError(ErrorCode.OUT_OF_MEMORY, "The device has not enough memory for this request.")
-    logger.error("a request failed", exc_info=error)
-    return InpaintError(ErrorCode.INTERNAL, "The request failed inside the service.")
-
-
-def _result(generation: Generation, finish: Finish) -> InpaintResult:
+def _result(generation: Generation, finish: Finish, finish_started_at: float) -> InpaintResult:
+    """The pictures, and where the time went: whatever was not work on it counts as queue."""
     admitted_at = generation.request.admitted_at
     return InpaintResult(
         images=finish.images,
         nsfw=finish.nsfw,
         timings=Timings(
-            queue=generation.prepare_started_at - admitted_at,
+            queue=(generation.prepare_started_at - admitted_at)
+            + (generation.joined_at - generation.prepared_at)
+            + (finish_started_at - generation.denoised_at),
             prepare=generation.prepared_at - generation.prepare_started_at,
-            denoise=generation.denoised_at - generation.prepared_at,
+            denoise=generation.denoised_at - generation.joined_at,
             vae_decode=finish.vae_decode_seconds,
             safety=finish.safety_seconds,
             time_to_first_step=generation.first_step_at - admitted_at,

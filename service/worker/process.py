@@ -7,6 +7,7 @@ from multiprocessing.connection import Connection
 from service.errors import StartupError
 from service.messages import CannotStart, Loading, Ready
 from service.settings import Settings
+from service.worker.background import InlineJobs, Jobs, ThreadedJobs
 from service.worker.batcher import Batcher
 from service.worker.loop import Worker
 
@@ -47,4 +48,6 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
             load_seconds=time.monotonic() - started_at,
         )
     )
-    Worker(connection, pipeline, Batcher(max_images)).run()
+    # On a CPU, threads would only take the cores from the running batch.
+    jobs: Jobs = ThreadedJobs() if torch_device.type == "cuda" else InlineJobs()
+    Worker(connection, pipeline, Batcher(max_images), jobs).run()
