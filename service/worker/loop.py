@@ -127,6 +127,7 @@ class Worker:
         self._jobs = jobs or InlineJobs()
         self._intake = Intake()
         self._previews = Previews()
+        self._num_images_beside = 0  # Those that the jobs to be collected shared the device's memory with.
         self._is_draining = False
         self._busy = BusyClock(BUSY_WINDOW_SECONDS)
 
@@ -218,7 +219,7 @@ class Worker:
 
     def _prepared(self, outcome: tuple[float, Attempt[float]]) -> None:
         started_at, attempted = outcome
-        for generation, prepared_at in self._succeeded(attempted, self._num_images_beside_jobs()):
+        for generation, prepared_at in self._succeeded(attempted, self._num_images_beside):
             generation.prepare_started_at = started_at
             generation.prepared_at = prepared_at
             self._batcher.keep(generation)
@@ -227,6 +228,7 @@ class Worker:
 
     def _step(self) -> None:
         """One step of the batch whose turn it is; those that are done leave it."""
+        self._num_images_beside = self._batcher.num_running_images if self._jobs.are_background else 0
         batch = self._batcher.next_batch()
         for generation, tick in self._succeeded(attempt(batch, self._tick)):
             if generation is tick.generations[0]:
@@ -299,7 +301,7 @@ class Worker:
 
     def _finished(self, outcome: tuple[float, Attempt[Finish]]) -> None:
         started_at, attempted = outcome
-        for generation, finish in self._succeeded(attempted, self._num_images_beside_jobs()):
+        for generation, finish in self._succeeded(attempted, self._num_images_beside):
             self._end(generation, Finished(generation.request_id, _result(generation, finish, started_at)))
 
     # --- what becomes of a generation ------------------------------------------
@@ -322,10 +324,6 @@ class Worker:
             then(outcome)
 
         self._jobs.submit(Lane.FINISH, partial(work, generations), ended, is_courtesy=is_courtesy)
-
-    def _num_images_beside_jobs(self) -> int:
-        """Images that share the device's memory with those of a job."""
-        return self._batcher.num_running_images if self._jobs.are_background else 0
 
     def _succeeded(self, attempted: Attempt[_T], num_images_beside: int = 0) -> Iterator[tuple[Generation, _T]]:
         """What went well. The others are answered; what was answered meanwhile is let go."""

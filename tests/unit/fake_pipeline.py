@@ -1,4 +1,4 @@
-"""A torch-free `Pipeline` that counts, records and fails on request, and a pipe to drive a worker with."""
+"""A torch-free `Pipeline` that counts, records, and fails or stops on request, and a pipe to drive a worker with."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 from service.errors import ErrorCode, InpaintError
 from service.messages import Command, LoraInfo, Report
 from service.request import InpaintParams, InpaintRequest
+from service.worker.background import Jobs
 from service.worker.batcher import Batcher, Generation
 from service.worker.loop import Finish, Worker
 
@@ -35,23 +36,88 @@ def make_request(prompt: str = "a red house", *, admitted_at: float = 0.0, **cha
     return InpaintRequest(params, image, np.full(image.shape[:2], 255, np.uint8), admitted_at, float("inf"))
 
 
-class FakePipeline:
-    """Paints each request in its seed's grey; `fail_on` decides what raises, and where."""
+Hook = Callable[[str, Sequence[Generation]], BaseException | None]
+"""Called on entry of a stage with its generations; what it returns is raised."""
 
-    def __init__(self, fail_on: Callable[[str, Sequence[Generation]], Exception | None] | None = None) -> None:
-        self._fail_on = fail_on or (lambda _stage, _generations: None)
+
+class Hold:
+    """A hook that stops one stage of one request (of any, without an id) until it is released.
+
+    Attributes:
+        reached: Set when the pipeline stands there for the first time.
+    """
+
+    def __init__(self, stage: str, request_id: str | None = None) -> None:
+        self._stage = stage
+        self._request_id = request_id
+        self._gate = threading.Event()
+        self.reached = threading.Event()
+
+    def __call__(self, stage: str, generations: Sequence[Generation]) -> None:
+        """Stop there."""
+        if stage == self._stage and self._request_id in {None, *(one.request_id for one in generations)}:
+            self.reached.set()
+            assert self._gate.wait(60), "nobody released the pipeline"
+
+    def release(self) -> None:
+        """Go on, for good."""
+        self._gate.set()
+
+
+class Turnstile:
+    """A hook that lets through as many steps as the test allows."""
+
+    def __init__(self) -> None:
+        self._allowed = threading.Semaphore(0)
+        self._asked = threading.Semaphore(0)
+
+    def __call__(self, stage: str, _generations: Sequence[Generation]) -> None:
+        """Stop at a step that is not allowed yet."""
+        if stage == "step":
+            self._asked.release()
+            assert self._allowed.acquire(timeout=60), "nobody let the pipeline step"
+
+    def let(self, num_steps: int) -> None:
+        """Allow so many more."""
+        self._allowed.release(num_steps)
+
+    def wait_for_step(self) -> None:
+        """Until the next step is asked for; each step is waited for once."""
+        assert self._asked.acquire(timeout=60), "the worker asked for no step"
+
+
+class FakePipeline:
+    """Paints each request in its seed's grey; `hooks` decide what raises or stops, and where.
+
+    Attributes:
+        calls: Every call's stage and request ids, in order.
+        generations: Every generation that was prepared, by its request's id.
+    """
+
+    def __init__(self, *hooks: Hook) -> None:
+        self._hooks = hooks
         self.calls: list[tuple[str, list[str]]] = []
+        self.generations: dict[str, Generation] = {}
+
+    def calls_of(self, stage: str) -> list[list[str]]:
+        """Request ids of each call of one stage."""
+        return [request_ids for at, request_ids in self.calls if at == stage]
 
     def _enter(self, stage: str, generations: Sequence[Generation]) -> None:
         self.calls.append((stage, [generation.request_id for generation in generations]))
-        error = self._fail_on(stage, generations)
-        if error is not None:
-            raise error
+        if stage == "prepare":
+            self.generations.update({generation.request_id: generation for generation in generations})
+        for hook in self._hooks:
+            error = hook(stage, generations)
+            if error is not None:
+                raise error
+        assert all((generation.latents is None) == (stage == "prepare") for generation in generations)
 
     def prepare(self, generations: Sequence[Generation]) -> None:
         """Set the number of steps."""
         self._enter("prepare", generations)
         for generation in generations:
+            generation.latents = f"latents of {generation.request_id}"
             generation.steps = generation.request.params.num_inference_steps
 
     def step(self, generations: Sequence[Generation]) -> None:
@@ -91,13 +157,14 @@ class DrivenWorker:
     Args:
         pipeline: What it runs.
         max_images: Its cap.
+        jobs: Where it prepares and finishes; by default where it steps.
     """
 
-    def __init__(self, pipeline: object, max_images: int = 4) -> None:
+    def __init__(self, pipeline: object, max_images: int = 4, jobs: Jobs | None = None) -> None:
         ours, theirs = Pipe()
         self.connection: Connection = ours
         self.batcher = Batcher(max_images)
-        self._worker = Worker(theirs, pipeline, self.batcher)  # type: ignore[arg-type]
+        self._worker = Worker(theirs, pipeline, self.batcher, jobs)  # type: ignore[arg-type]
         self._theirs = theirs
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -132,6 +199,10 @@ class DrivenWorker:
             try:
                 reports.append(self.receive())
             except EOFError:
-                self._thread.join(10)
-                assert not self._thread.is_alive()
+                self.join()
                 return reports
+
+    def join(self) -> None:
+        """Wait until the worker has ended."""
+        self._thread.join(10)
+        assert not self._thread.is_alive()
