@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from types import SimpleNamespace
 
@@ -80,7 +81,7 @@ class Overlapping:
         return reports
 
     def drain(self) -> list[Report]:
-        """Everything it has to say, until it ends; no thread is left."""
+        """Everything it has to say, until it ends; no thread is left, and nothing of any request."""
         self.send(Drain())
         return self.rest()
 
@@ -89,6 +90,9 @@ class Overlapping:
         reports = self.worker.reports()
         assert self.worker.error is None
         assert self.worker.batcher.is_idle
+        previews = self.worker._worker._previews
+        assert not previews._made
+        assert not previews._in_the_making
         self.assert_no_thread_left()
         return reports
 
@@ -536,28 +540,26 @@ def test_each_request_is_answered_once_and_last(seed: int) -> None:
     worker = Overlapping(FakePipeline(fail), max_images=8)
     names = [f"{seed}-{index}" for index in range(80)]
     sender_chance = random.Random(seed)  # noqa: S311
-    reports: list[Report] = []
-    reader = threading.Thread(target=lambda: reports.extend(worker.worker.reports()))
-    worker.worker.start()
-    reader.start()
-    for name in names:
-        worker.send(
-            Submit(
-                name,
-                make_request(
-                    num_inference_steps=sender_chance.randint(1, 12),
-                    num_images_per_prompt=sender_chance.choice([1, 1, 2, 4, 8]),
-                    height=sender_chance.choice([8, 8, 16]),
-                    batching=sender_chance.choice(["shared", "shared", "shared", "solo"]),
-                    previews=sender_chance.random() < 0.5,
-                ),
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        reading = reader.submit(worker.rest)
+        worker.worker.start()
+        for name in names:
+            worker.send(
+                Submit(
+                    name,
+                    make_request(
+                        num_inference_steps=sender_chance.randint(1, 12),
+                        num_images_per_prompt=sender_chance.choice([1, 1, 2, 4, 8]),
+                        height=sender_chance.choice([8, 8, 16]),
+                        batching=sender_chance.choice(["shared", "shared", "shared", "solo"]),
+                        previews=sender_chance.random() < 0.5,
+                    ),
+                )
             )
-        )
-        if sender_chance.random() < 0.3:
-            worker.send(Cancel(sender_chance.choice(names)))
-    worker.send(Drain())
-    reader.join(60)
-    assert worker.worker.error is None
+            if sender_chance.random() < 0.3:
+                worker.send(Cancel(sender_chance.choice(names)))
+        worker.send(Drain())
+    reports = reading.result()
     assert sorted(answered(reports)) == sorted(names)
     done: set[str] = set()
     steps: dict[str, int] = {}
@@ -571,7 +573,6 @@ def test_each_request_is_answered_once_and_last(seed: int) -> None:
                 assert progress.request_id not in done
                 assert progress.step == steps.get(progress.request_id, 0) + 1
                 steps[progress.request_id] = progress.step
-    worker.assert_no_thread_left()
 
 
 def test_parts_of_the_time_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
