@@ -209,9 +209,7 @@ def _scheduler() -> PNDMScheduler:
 
 def main() -> None:
     """Write one checkpoint."""
-    parser = argparse.ArgumentParser(
-        description="Write a Stable Diffusion 1.5 inpainting checkpoint of random weights."
-    )
+    parser = argparse.ArgumentParser(description="Write a checkpoint of random weights.")
     parser.add_argument("folder", type=Path, help="where to")
     parser.add_argument("--tiny", action="store_true", help="the same parts at a size for tests")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
