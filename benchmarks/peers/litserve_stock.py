@@ -26,7 +26,7 @@ WINDOW_SECONDS = 0.05
 GUIDED = 7.5
 
 
-class StockAPI(litserve.LitAPI):  # type: ignore[misc]
+class StockAPI(litserve.LitAPI):
     """What LitServe runs in its worker process.
 
     Args:
