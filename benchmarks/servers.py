@@ -30,6 +30,10 @@ START_SECONDS = 900.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.2
 
+CPU_ENVIRONMENT: Mapping[str, str] = MappingProxyType({"GOMP_SPINCOUNT": "1000"})
+"""As the service sets it for its workers: libgomp's threads otherwise spin at every barrier, and a peer takes ten times
+as long as soon as another process needs a core. It is read when torch is loaded, so it cannot be set later."""
+
 NO_CHANGES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -174,7 +178,8 @@ def _peer(  # noqa: PLR0917 - what a command is made of
     port = _free_port()
     command = [f"benchmarks.peers.{module}", "--model", str(model), "--port", str(port), "--device", where.device]
     command += ["--threads", str(where.threads), *(["--dtype", where.dtype] if where.dtype else []), *options]
-    return _running(name, command, port, environment)
+    common = CPU_ENVIRONMENT if where.device == "cpu" else NO_CHANGES
+    return _running(name, command, port, {**common, **environment})
 
 
 @contextmanager

@@ -9,7 +9,6 @@ the other. The pipeline, the settings (`INPAINT_*`), and the decoding and encodi
 pictures are the service's: only the batching differs.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,8 +110,6 @@ def main() -> None:
     settings = load_settings(
         {"model": str(arguments.model), "dtype": arguments.dtype, "max_images": arguments.max_images}
     )
-    if arguments.device == "cpu":
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # As the service starts its workers.
     components = load(settings, open_device(arguments.device, arguments.threads))
     pipeline = InpaintPipeline(components, settings.nsfw_policy)
     max_images, _ = pipeline.warm_up(settings.max_images)

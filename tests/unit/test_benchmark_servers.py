@@ -4,6 +4,7 @@ import asyncio
 import io
 import sys
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -202,3 +203,16 @@ def test_servers_that_start_at_once_get_different_ports() -> None:
     with ThreadPoolExecutor(8) as threads:
         ports = list(threads.map(lambda _: servers._free_port(), range(64)))
     assert len(set(ports)) == len(ports)
+
+
+def test_peers_wait_for_their_threads_as_the_service_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU every peer gets the service's own spin count from its start, on a GPU none; what is asked for wins."""
+    started: list[Mapping[str, str]] = []
+    monkeypatch.setattr(servers, "_running", lambda _name, _module, _port, changes: started.append(changes))
+    cpu = Where("cpu", None, 1)
+    servers.stock_lock("model", cpu)
+    servers.static_batching("model", cpu, {"INPAINT_MAX_IMAGES": "4"})
+    servers.stock_lock("model", cpu, environment={"GOMP_SPINCOUNT": "7"})
+    servers.stock_lock("model", Where("cuda:0", None, 1))
+    assert [changes.get("GOMP_SPINCOUNT") for changes in started] == ["1000", "1000", "7", None]
+    assert started[1]["INPAINT_MAX_IMAGES"] == "4"
