@@ -30,6 +30,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.report import num_cores
+from benchmarks.synthetic import FULL_SIZE
 from service.errors import StartupError
 from service.settings import BUNDLED_MODEL, Settings
 from service.worker.checkpoint import load
@@ -54,32 +55,6 @@ NUM_ROWS = 8
 NUM_PICTURES = 4
 NUM_TOKENS = 77
 MIB = 1024 * 1024
-
-_FULL_SIZE_UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 9,
-    "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-_FULL_SIZE_VAE: dict[str, Any] = {
-    "sample_size": 512,
-    "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-}
-_FULL_SIZE_TEXT_ENCODER: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +135,9 @@ def full_size(settings: Settings, device: torch.device) -> Models:
         models: list[Any] = [
             model.to(dtype).eval().requires_grad_(requires_grad=False)
             for model in (
-                UNet2DConditionModel(**_FULL_SIZE_UNET),
-                AutoencoderKL(**_FULL_SIZE_VAE),
-                CLIPTextModel(CLIPTextConfig(**_FULL_SIZE_TEXT_ENCODER)),
+                UNet2DConditionModel(**FULL_SIZE.unet),
+                AutoencoderKL(**FULL_SIZE.vae),
+                CLIPTextModel(CLIPTextConfig(**FULL_SIZE.text_encoder)),
             )
         ]
     unet, vae, text_encoder = models

@@ -32,7 +32,7 @@ import httpx
 from benchmarks.figures import poisson_arrivals
 from benchmarks.load import Round, closed_loop, open_client, open_loop
 from benchmarks.report import Comparison, NoGoodAnswerError, document, figures_of, machine_facts, markdown, num_cores
-from benchmarks.servers import Server, ServerFailedError, inpaint_service, stock_lock
+from benchmarks.servers import Server, ServerFailedError, Where, inpaint_service, stock_lock
 from benchmarks.traffic import draw_jobs
 
 BUNDLED_FOLDER = Path(__file__).parent.parent / "service" / "worker" / "models" / "demo"
@@ -152,10 +152,11 @@ def main() -> int:
         "command": shlex.join(["python", "-m", "benchmarks.two_cores", *sys.argv[1:]]),
     }
     is_bundled = arguments.model == BUNDLED_FOLDER
+    where = Where("cpu", "float32", arguments.threads)
     try:
         with (
-            inpaint_service("demo" if is_bundled else str(arguments.model), arguments.threads) as service,
-            stock_lock(arguments.model, arguments.threads) as peer,
+            inpaint_service("demo" if is_bundled else arguments.model, where) as service,
+            stock_lock(arguments.model, where) as peer,
         ):
             comparisons = asyncio.run(measure(service, peer, plan, arguments.size, arguments.seed))
     except (ServerFailedError, NoGoodAnswerError) as error:
