@@ -36,32 +36,28 @@ Document = Mapping[str, Any]
 
 
 def overview(document: Document) -> str:
-    """One row per server: throughput, latency alone, latency at the rate that all are compared at."""
-    same_rate = {piece["server"]: piece for piece in _same_rate(document)}
-    alone_titles = list(dict.fromkeys(_steps(piece) for piece in _kind(document, "alone")))
-    saturated_titles = list(dict.fromkeys(_steps(piece) for piece in _kind(document, "saturated")))
-    header = [
-        "server",
-        *(f"images/s, {steps}" for steps in saturated_titles),
-        *(f"model calls/s, {steps}" for steps in saturated_titles),
-        *(f"alone, {steps}, s" for steps in alone_titles),
-        *(f"{name} at {_rate_words(same_rate)}, s" for name in ("p50", "p95", "p99") if same_rate),
-    ]
+    """A column per server: throughput, latency alone, latency at the rate that all are compared at."""
+    columns = _measured(document)
     rows = []
-    for server in _measured(document):
-        saturated = {_steps(piece): piece for piece in _kind(document, "saturated") if piece["server"] == server}
-        alone = {_steps(piece): piece for piece in _kind(document, "alone") if piece["server"] == server}
-        at_rate = same_rate.get(server)
+    for name, measure in {
+        "images/s": "steady_requests_per_second",
+        "model calls/s": "steady_model_calls_per_second",
+    }.items():
+        for steps, found in _by_steps(document, "saturated").items():
+            rows.append([f"saturated, {steps}: {name}", *(_number(found.get(server), measure) for server in columns)])
+    for steps, found in _by_steps(document, "alone").items():
         rows.append(
-            [
-                NAMES[server],
-                *(_number(saturated.get(steps), "steady_requests_per_second") for steps in saturated_titles),
-                *(_number(saturated.get(steps), "steady_model_calls_per_second") for steps in saturated_titles),
-                *(_latency(alone.get(steps), "p50_seconds") for steps in alone_titles),
-                *(_latency(at_rate, f"{name}_seconds") for name in ("p50", "p95", "p99") if same_rate),
-            ]
+            [f"alone, {steps}: median latency, s", *(_latency(found.get(server), "p50_seconds") for server in columns)]
         )
-    return _table(header, rows)
+    same_rate = {piece["server"]: piece for piece in _same_rate(document)}
+    for name in ("p50", "p95", "p99") if same_rate else ():
+        rate = next(iter(same_rate.values()))["rate"]
+        latencies = [_latency(same_rate.get(server), f"{name}_seconds") for server in columns]
+        rows.append([f"Poisson, {rate:.2f}/s: latency {name}, s", *latencies])
+    if same_rate:
+        goodputs = [_figure(same_rate.get(server), "goodput_per_second") for server in columns]
+        rows.append([f"Poisson, {rate:.2f}/s: goodput/s", *goodputs])
+    return _table(["", *(NAMES[server] for server in columns)], rows)
 
 
 def section(name: str, document: Document, pictures: Sequence[str]) -> str:
@@ -100,9 +96,10 @@ def draw(name: str, document: Document, folder: Path) -> list[str]:
     if any(len(one.rates) > 1 for one in series):
         plots.latency_against_load(series, folder / f"{name}-latency.png")
         drawn.append("latency")
-    throughput: dict[str, dict[str, float]] = {}
-    for piece in _kind(document, "saturated"):
-        throughput.setdefault(_steps(piece), {})[NAMES[piece["server"]]] = piece["steady_requests_per_second"]
+    throughput = {
+        steps: {NAMES[server]: piece["steady_requests_per_second"] for server, piece in found.items()}
+        for steps, found in _by_steps(document, "saturated").items()
+    }
     if throughput:
         plots.throughput_bars(throughput, folder / f"{name}-throughput.png")
         drawn.append("throughput")
@@ -168,16 +165,16 @@ def _open_table(document: Document) -> str:
         [
             NAMES[piece["server"]],
             piece["title"],
-            _number(piece["figures"], "offered_per_second"),
-            _number(piece["figures"], "achieved_per_second"),
+            _figure(piece, "offered_per_second"),
+            _figure(piece, "achieved_per_second"),
             *(_latency(piece, f"{name}_seconds") for name in ("p50", "p95", "p99")),
-            _number(piece["figures"], "goodput_per_second"),
+            _figure(piece, "goodput_per_second"),
             _not_good(piece),
         ]
         for kind in ("open", "bursts")
         for piece in sorted(_kind(document, kind), key=lambda piece: (_order(piece), piece["rate"]))
     ]
-    return _table(header, rows) if rows else ""
+    return _table(header, rows, num_texts=2) if rows else ""
 
 
 def _service_parts(document: Document) -> list[str]:
@@ -215,7 +212,7 @@ def _starts_table(document: Document) -> str:
     rows = [
         [NAMES[start["server"]], start["cache"] or NOTHING, f"{start['seconds']:.1f}"] for start in document["starts"]
     ]
-    return _table(["server", "compile cache", "ready after, s"], rows)
+    return _table(["server", "compile cache", "ready after, s"], rows, num_texts=2)
 
 
 def _left_out(document: Document) -> Iterator[str]:
@@ -251,12 +248,20 @@ def _steps(piece: Document) -> str:
     return f"{first} steps" if first == last else f"{first} to {last} steps"
 
 
-def _rate_words(same_rate: Mapping[str, Document]) -> str:
-    return f"{next(iter(same_rate.values()))['rate']:.2f}/s"
+def _by_steps(document: Document, kind: str) -> dict[str, dict[str, Document]]:
+    """Steps in words -> server -> piece."""
+    found: dict[str, dict[str, Document]] = {}
+    for piece in _kind(document, kind):
+        found.setdefault(_steps(piece), {})[piece["server"]] = piece
+    return found
 
 
 def _number(figures: Document | None, name: str, digits: int = 2) -> str:
     return NOTHING if figures is None or figures[name] is None else f"{figures[name]:.{digits}f}"
+
+
+def _figure(piece: Document | None, name: str) -> str:
+    return NOTHING if piece is None else _number(piece["figures"], name)
 
 
 def _latency(piece: Document | None, name: str) -> str:
@@ -276,8 +281,9 @@ def _not_good(piece: Document) -> str:
     return ", ".join(found) or "0"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int = 1) -> str:
+    """A Markdown table; the columns after the first `num_texts` are numbers."""
+    lines = [header, [("---" if column < num_texts else "---:") for column in range(len(header))], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -1,5 +1,6 @@
 """Plots of measurements, as PNGs that are read at 900 pixels' width. Needs matplotlib."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from benchmarks.figures import percentile
 from benchmarks.load import GOOD, Round
+from benchmarks.pieces import NAMES
 
 try:
     from matplotlib.figure import Figure
@@ -19,7 +21,6 @@ WIDTH_INCHES = 7.0
 
 COLOURS = ("#0b6bcb", "#d9630f", "#3a3a3a", "#2a8c4a", "#8e44ad", "#a67c00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-NOTE: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
 GRID = {"color": "#dddddd", "linewidth": 0.6}
 
 
@@ -32,7 +33,7 @@ class Series:
     """One server over its loads.
 
     Attributes:
-        name: For the legend.
+        name: One of the names of `benchmarks.pieces`.
         rates: Requests a second that were offered, ascending.
         values: One per rate, by what it is, such as `p50`: seconds, or answers a second.
     """
@@ -57,8 +58,8 @@ def latency_against_load(series: Sequence[Series], path: Path) -> None:
     figure = _figure(3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for panel, name in zip(panels, ("p50", "p95"), strict=True):
-        for number, one in enumerate(series):
-            panel.plot(one.rates, one.values[name], label=one.name, **_style(number))
+        for one in series:
+            panel.plot(one.rates, one.values[name], label=one.name, **_style(one.name))
         panel.set_title(f"{name} latency", fontsize=10)
         panel.set_xlabel("requests offered per second")
         panel.set_yscale("log")
@@ -77,8 +78,8 @@ def goodput_against_offered(series: Sequence[Series], bound_seconds: float, path
     panel = figure.subplots()
     most = max((rate for one in series for rate in one.rates), default=1.0)
     panel.plot((0, most), (0, most), color="#999999", linestyle=":", linewidth=1, label="all within the bound")
-    for number, one in enumerate(series):
-        panel.plot(one.rates, one.values["goodput"], label=one.name, **_style(number))
+    for one in series:
+        panel.plot(one.rates, one.values["goodput"], clip_on=False, zorder=3, label=one.name, **_style(one.name))
     panel.set_xlabel("requests offered per second")
     panel.set_ylabel(f"answers within {bound_seconds:.2f} s, per second")
     panel.set_xlim(left=0)
@@ -135,9 +136,18 @@ def batch_histograms(loads: Mapping[str, Mapping[str, int]], path: Path) -> None
         panel.margins(y=0.18)
         panel.grid(visible=True, axis="y", **GRID)
         panel.set_axisbelow(True)
-    panels[-1].set_xticks(range(len(bounds)), [f"≤ {bound:g}" if bound > 2 else f"{bound:g}" for bound in bounds])
+    panels[-1].set_xticks(range(len(bounds)), bucket_labels(bounds))
     panels[-1].set_xlabel("images that shared a step")
     _save(figure, path)
+
+
+def bucket_labels(bounds: Sequence[float]) -> list[str]:
+    """What whole numbers are in each bucket: `3`, `9-12`, `> 128`."""
+    labels = []
+    for below, bound in zip((0.0, *bounds), bounds, strict=False):
+        first = f"{below + 1:g}"
+        labels.append(f"> {below:g}" if math.isinf(bound) else first if bound == below + 1 else f"{first}-{bound:g}")
+    return labels
 
 
 def answers(one: Round, bound_seconds: float | None, path: Path) -> None:
@@ -156,10 +166,11 @@ def answers(one: Round, bound_seconds: float | None, path: Path) -> None:
     latencies = sorted(answer.latency_seconds for answer in one.good)
     shares = [100 * (rank + 1) / len(latencies) for rank in range(len(latencies))]
     distribution.step(latencies, shares, where="post", color=COLOURS[0])
-    for rank in (50, 95, 99) if latencies else ():
-        value = percentile(latencies, rank)
-        distribution.plot(value, rank, "o", markersize=4, color=COLOURS[0])
-        distribution.annotate(f"p{rank} {value:.2f} s", (value, rank), (-5, -3), **NOTE)
+    if latencies:
+        ranks = {rank: percentile(latencies, rank) for rank in (50, 95, 99)}
+        distribution.plot(list(ranks.values()), list(ranks), "o", markersize=4, color=COLOURS[0])
+        title = ", ".join(f"p{rank} {seconds:.3g} s" for rank, seconds in ranks.items())
+        distribution.set_title(title, fontsize=8)
     if bound_seconds is not None:
         for draw, label in ((over_time.axhline, f"bound {bound_seconds:g} s"), (distribution.axvline, None)):
             draw(bound_seconds, color="#999999", linestyle="--", linewidth=1, label=label)
@@ -180,10 +191,12 @@ def _figure(height_inches: float) -> Any:  # noqa: ANN401 - matplotlib may not b
     return Figure(figsize=(WIDTH_INCHES, height_inches), dpi=DPI, layout="constrained")
 
 
-def _style(number: int) -> dict[str, Any]:
+def _style(name: str) -> dict[str, Any]:
+    """The same for a server in every plot of every run."""
+    number = list(NAMES.values()).index(name)
     return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
+        "color": COLOURS[number],
+        "marker": MARKERS[number],
         "markersize": 5,
         "linewidth": 1.6,
     }
@@ -206,5 +219,7 @@ def _legend_below(figure: Any, panel: Any) -> None:  # noqa: ANN401 - matplotlib
 def _save(figure: Any, path: Path) -> None:  # noqa: ANN401 - matplotlib may not be there
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
+        panel.tick_params(which="both", labelsize=8)
+        panel.xaxis.label.set_size(9)
+        panel.yaxis.label.set_size(9)
     figure.savefig(path)

@@ -84,7 +84,7 @@ class ServiceUse:
     """What this service counted of a stretch of load.
 
     Attributes:
-        batch_images: Upper bound of images per step -> steps; bounds without steps are left out.
+        batch_images: Upper bound of images per step -> steps, up to the last bound that has any.
         mean_images: Images per step.
         mean_rows: UNet rows per step, two for an image with guidance.
         steps: Steps of the running batch.
@@ -135,7 +135,7 @@ def use_between(before: Scrape, after: Scrape) -> ServiceUse:
         for reason, count in after.values("inpaint_rejected_total", "reason").items()
     }
     return ServiceUse(
-        batch_images={f"{bound:g}": round(n) for bound, n in zip(images.bounds, images.counts, strict=True) if n},
+        batch_images=_by_bound(images),
         mean_images=images.mean,
         mean_rows=rows.mean,
         steps=round(sum(images.counts)),
@@ -144,6 +144,14 @@ def use_between(before: Scrape, after: Scrape) -> ServiceUse:
         stage_seconds=_means(before, after, "inpaint_stage_seconds", "stage"),
         rejected={reason: count for reason, count in rejected.items() if count},
     )
+
+
+def _by_bound(histogram: Histogram) -> dict[str, int]:
+    last = max((place for place, count in enumerate(histogram.counts, start=1) if count), default=0)
+    return {
+        f"{bound:g}": round(count)
+        for bound, count in zip(histogram.bounds[:last], histogram.counts[:last], strict=True)
+    }
 
 
 def _since(before: Scrape, after: Scrape, name: str, **labels: str) -> Histogram:
