@@ -145,7 +145,7 @@ class Measurement:
 
     def _take_one(self, piece: Piece, server: Server) -> None:
         metrics_url = server.base_url if piece.server == SERVICE else None
-        with Watch(server.pid, self._device, metrics_url) as watch:
+        with Watch(server.pid, self._device, metrics_url, piece.seconds) as watch:
             one = asyncio.run(send(server.url, piece, self._plan, self._seed))
         finding = Finding(piece, summary_of(one, self._bound_seconds()), *steady_rates(one), watch.seen)
         self._findings.append(finding)
@@ -256,6 +256,7 @@ def _entry(finding: Finding) -> dict[str, Any]:
         "watched_seconds": watched.seconds,
         "gpu": None if watched.gpu is None else asdict(watched.gpu),
         "service": None if watched.service is None else asdict(watched.service),
+        "stepping_ratio": None if watched.service is None else watched.service.stepping_seconds / watched.seconds,
         "busy_ratio": watched.busy_ratio,
         "memory_bytes": watched.memory_bytes,
     }

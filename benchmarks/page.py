@@ -24,6 +24,11 @@ READING = (
     "Images and model calls per second are those of saturated servers in a closed loop, without its start and end; "
     "guidance does not count twice. Latency counts from the moment at which a request was due."
 )
+INSIDE = (
+    "Time in steps is the sum of all steps' times over the whole load, its last answers included; the other two are "
+    "means while requests were sent. The service's own gauge looks back ten seconds, so that shorter loads have none. "
+    "NVML's is the share of time with a kernel running."
+)
 PLOTS = {
     "latency": "Latency percentiles against the offered rate, by server",
     "throughput": "Images per second of each server, saturated",
@@ -182,13 +187,22 @@ def _service_parts(document: Document) -> list[str]:
     loads = [piece for piece in document["pieces"] if piece["server"] == SERVICE and piece["service"]]
     if not loads:
         return []
-    header = ["load", "images/step", "rows/step", "busy, own gauge", "busy, NVML", "API process, CPU ms/request"]
+    header = [
+        "load",
+        "images/step",
+        "rows/step",
+        "time in steps",
+        "busy, own gauge",
+        "busy, NVML",
+        "API process, CPU ms/request",
+    ]
     header += ["queue, s", "device memory, GB"]
     rows = [
         [
             piece["title"],
             _number(piece["service"], "mean_images"),
             _number(piece["service"], "mean_rows"),
+            _percent(piece["stepping_ratio"]),
             _percent(piece["busy_ratio"]),
             _percent(None if piece["gpu"] is None else piece["gpu"]["busy_ratio"]),
             _number(piece, "api_cpu_ms_per_request", digits=1),
@@ -197,7 +211,7 @@ def _service_parts(document: Document) -> list[str]:
         ]
         for piece in loads
     ]
-    parts = ["### Inside this service", _table(header, rows)]
+    parts = ["### Inside this service", INSIDE, _table(header, rows)]
     for worker in document["served"].get("workers", ()):
         if worker["step_seconds"]:
             rows = [[str(number), f"{1000 * seconds:.1f}"] for number, seconds in worker["step_seconds"].items()]

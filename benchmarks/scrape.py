@@ -88,6 +88,7 @@ class ServiceUse:
         mean_images: Images per step.
         mean_rows: UNet rows per step, two for an image with guidance.
         steps: Steps of the running batch.
+        stepping_seconds: What they took together, over all workers.
         step_seconds: UNet rows, rounded up to a power of two -> mean seconds of a step.
         queue_seconds: Mean wait of a request before prepare.
         stage_seconds: Stage -> mean seconds of a request in it.
@@ -98,6 +99,7 @@ class ServiceUse:
     mean_images: float | None
     mean_rows: float | None
     steps: int
+    stepping_seconds: float
     step_seconds: dict[str, float]
     queue_seconds: float | None
     stage_seconds: dict[str, float]
@@ -139,6 +141,10 @@ def use_between(before: Scrape, after: Scrape) -> ServiceUse:
         mean_images=images.mean,
         mean_rows=rows.mean,
         steps=round(sum(images.counts)),
+        stepping_seconds=sum(
+            _since(before, after, "inpaint_step_seconds", rows=rows).total
+            for rows in after.labels("inpaint_step_seconds", "rows")
+        ),
         step_seconds=_means(before, after, "inpaint_step_seconds", "rows"),
         queue_seconds=queue.mean,
         stage_seconds=_means(before, after, "inpaint_stage_seconds", "stage"),

@@ -20,6 +20,9 @@ except ImportError:  # A measurement works without: the device's figures are lef
 
 SAMPLE_SECONDS = 0.1
 SAMPLES_PER_LOOK = 10
+BUSY_WINDOW_SECONDS = 10.0
+"""The service's gauge looks back so far; until then it also tells of the time before the load."""
+
 SCRAPE_TIMEOUT_SECONDS = 5.0
 
 Role = Literal["api", "worker", "other"]
@@ -65,7 +68,7 @@ class Watched:
         processes: The server's processes, the one that was started first.
         gpu: None without NVML or without a GPU.
         service: None for servers without our metrics.
-        busy_ratio: Mean of the service's own gauge, None for other servers.
+        busy_ratio: Mean of the service's own gauge; None for other servers, and for loads shorter than its window.
         memory_bytes: Kind -> the service's own gauge of device memory at the end.
     """
 
@@ -88,14 +91,17 @@ class Watch:
         pid: The process that was started.
         device: Such as `cuda:0`; a CPU has no figures of its own.
         metrics_url: Where this service is, None for servers without its metrics.
+        load_seconds: How long requests are sent. The device is not looked at after that: while
+            the last answers come in it has less to do, and less the shorter the load is.
     """
 
     seen: Watched
 
-    def __init__(self, pid: int, device: str, metrics_url: str | None) -> None:
+    def __init__(self, pid: int, device: str, metrics_url: str | None, load_seconds: float) -> None:
         self._tree = _Tree(pid)
         self._gpu = _Gpu(device)
         self._metrics_url = metrics_url
+        self._load_seconds = load_seconds
         self._client = httpx.Client(trust_env=False, timeout=SCRAPE_TIMEOUT_SECONDS)
         self._busy_ratios: list[float] = []
         self._is_over = threading.Event()
@@ -116,12 +122,12 @@ class Watch:
         self._thread.join()
         after = self._scrape()
         self._client.close()
-        both = self._before is not None and after is not None
+        before = self._before
         self.seen = Watched(
             seconds=seconds,
             processes=self._tree.end(),
             gpu=self._gpu.use(),
-            service=use_between(self._before, after) if both else None,
+            service=None if before is None or after is None else use_between(before, after),
             busy_ratio=statistics.fmean(self._busy_ratios) if self._busy_ratios else None,
             memory_bytes={} if after is None else after.values("inpaint_gpu_memory_bytes", "kind"),
         )
@@ -130,10 +136,13 @@ class Watch:
         number = 0
         while not self._is_over.wait(SAMPLE_SECONDS):
             number += 1
-            self._gpu.sample()
+            seconds = time.perf_counter() - self._began_at
+            if seconds <= self._load_seconds:
+                self._gpu.sample()
             if number % SAMPLES_PER_LOOK == 0:  # Walking through all processes takes milliseconds of the load's lock.
                 self._tree.sample()
-                self._note_busy_ratio()
+                if BUSY_WINDOW_SECONDS <= seconds <= self._load_seconds:
+                    self._note_busy_ratio()
 
     def _note_busy_ratio(self) -> None:
         ratios = {} if (now := self._scrape()) is None else now.values("inpaint_gpu_busy_ratio", "worker")

@@ -66,6 +66,7 @@ def test_the_service_use_is_read_from_its_own_metrics() -> None:
     assert use.mean_rows == 6.0
     assert use.step_seconds == {"4": pytest.approx(0.01), "16": pytest.approx(0.01)}
     assert use.stage_seconds == {"decode": 0.25}
+    assert use.stepping_seconds == pytest.approx(0.03)
     assert use.rejected == {"queue_full": 1}
 
 
@@ -97,7 +98,7 @@ def test_a_watch_sees_processor_time_and_metrics() -> None:
     metrics = Metrics()
     metrics.observe_tick("w", ticked(1))
     with serving(lambda _: (200, text_of(metrics).encode())) as url:
-        with Watch(os.getpid(), "cpu", url) as watch:
+        with Watch(os.getpid(), "cpu", url, 1.0) as watch:
             metrics.observe_tick("w", ticked(4))
             sum(number * number for number in range(1_000_000))
         seen = watch.seen
@@ -112,6 +113,6 @@ def test_a_watch_sees_processor_time_and_metrics() -> None:
 def test_a_watch_of_a_server_without_metrics_goes_without() -> None:
     """Peers have none; a service that is lost meanwhile costs its figures, not the measurement."""
     for url in (None, "http://127.0.0.1:9"):
-        with Watch(os.getpid(), "cpu", url) as watch:
+        with Watch(os.getpid(), "cpu", url, 1.0) as watch:
             pass
         assert watch.seen.service is None
