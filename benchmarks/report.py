@@ -76,7 +76,7 @@ def markdown(comparisons: Sequence[Comparison], facts: Mapping[str, Any]) -> str
     ]
     for comparison in comparisons:
         lines += [f"| {comparison.load} | {row} |" for row in _rows(comparison)]
-    lines += ["", *(f"- {name}: {_words(value)}" for name, value in facts.items())]
+    lines += ["", *(f"- {name}: {words(value)}" for name, value in facts.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -116,6 +116,15 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def words(value: object) -> str:
+    """A fact as a reader wants it: lists and mappings without their brackets."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return str(value)
+
+
 def _rows(comparison: Comparison) -> list[str]:
     service, peer = figures_of(comparison.service), figures_of(comparison.peer)
     rows = []
@@ -143,14 +152,6 @@ def _row(measure: str, service: float, peer: float, ratio: float) -> str:
 def _counts(figures: Figures, rounds: Sequence[Round]) -> str:
     cut_short = " cut short" if any(one.is_cut_short for one in rounds) else ""
     return f"{figures.requests} ({len(rounds)}){cut_short}, {len(figures.faults)}"
-
-
-def _words(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
-    return str(value)
 
 
 def _processor() -> str:

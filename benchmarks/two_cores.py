@@ -29,14 +29,15 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.figures import poisson_arrivals
+from benchmarks.arrivals import poisson_arrivals
 from benchmarks.load import Round, closed_loop, open_client, open_loop
 from benchmarks.report import Comparison, NoGoodAnswerError, document, figures_of, machine_facts, markdown, num_cores
 from benchmarks.servers import Server, ServerFailedError, Where, inpaint_service, stock_lock
-from benchmarks.traffic import draw_jobs
+from benchmarks.traffic import Mix, draw_jobs
 
 BUNDLED_FOLDER = Path(__file__).parent.parent / "service" / "worker" / "models" / "demo"
 OPEN_LOOP_LOAD = 0.8
+STEPS = (6, 14)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ async def measure(service: Server, peer: Server, plan: Plan, size: int, seed: in
     async with open_client() as client:
         for server in (service, peer):
             _say(f"{server.name}: ready after {server.start_seconds:.0f} s, warming up")
-            jobs = draw_jobs(plan.warm_up_jobs, size, seed)
+            jobs = draw_jobs(plan.warm_up_jobs, _mix(size), seed)
             figures_of([await closed_loop(client, server.url, jobs, 4, plan.closed_max_seconds)])
         deadline = time.perf_counter() + plan.max_seconds
         comparisons = []
@@ -104,9 +105,13 @@ async def measure(service: Server, peer: Server, plan: Plan, size: int, seed: in
         return comparisons
 
 
+def _mix(size: int) -> Mix:
+    return Mix(STEPS, {size: 1.0})
+
+
 def _closed(client: httpx.AsyncClient, plan: Plan, concurrency: int, size: int, seed: int) -> Load:
     async def load(server: Server, number: int) -> Round:
-        jobs = draw_jobs(plan.closed_jobs[concurrency], size, seed + 1000 * concurrency + number)
+        jobs = draw_jobs(plan.closed_jobs[concurrency], _mix(size), seed + 1000 * concurrency + number)
         return await closed_loop(client, server.url, jobs, concurrency, plan.closed_max_seconds)
 
     return load
@@ -115,7 +120,7 @@ def _closed(client: httpx.AsyncClient, plan: Plan, concurrency: int, size: int, 
 def _open(client: httpx.AsyncClient, plan: Plan, rate: float, size: int, seed: int) -> Load:
     async def load(server: Server, number: int) -> Round:
         arrivals = poisson_arrivals(rate, plan.open_seconds, seed + number)
-        return await open_loop(client, server.url, draw_jobs(len(arrivals), size, seed + number), arrivals)
+        return await open_loop(client, server.url, draw_jobs(len(arrivals), _mix(size), seed + number), arrivals)
 
     return load
 

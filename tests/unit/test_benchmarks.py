@@ -14,15 +14,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks import switches
-from benchmarks.figures import median_ratio, percentile, poisson_arrivals
-from benchmarks.load import Answer, Round, closed_loop, fault_of, open_loop
+from benchmarks.arrivals import poisson_arrivals
+from benchmarks.figures import median_ratio, percentile
+from benchmarks.load import GOOD, Answer, Round, closed_loop, judge, open_loop
 from benchmarks.report import Comparison, NoGoodAnswerError, document, figures_of, markdown
 from benchmarks.switches import VARIANTS, Costs, outcome_of
-from benchmarks.traffic import MAX_STEPS, MIN_STEPS, SCHEDULERS, draw_jobs, num_model_calls
+from benchmarks.traffic import SCHEDULERS, Job, Mix, num_model_calls
+from benchmarks.traffic import draw_jobs as draw_jobs_of
 from service.settings import Settings
 
 SIZE = 32
+MIN_STEPS, MAX_STEPS = 6, 14
 NUMBERS = st.lists(st.floats(min_value=-1e6, max_value=1e6), min_size=1, max_size=50)
+
+
+def draw_jobs(count: int, size: int, seed: int) -> tuple[Job, ...]:
+    """Requests of 6 to 14 steps and one size."""
+    return draw_jobs_of(count, Mix((MIN_STEPS, MAX_STEPS), {size: 1.0}), seed)
 
 
 # --- arithmetic --------------------------------------------------------------------
@@ -119,7 +127,7 @@ def test_jobs_are_valid_requests() -> None:
         assert job.fields["num_inference_steps"] == str(job.num_steps)
         assert job.fields["height"] == job.fields["width"] == str(SIZE)
         assert job.fields["scheduler"] in SCHEDULERS
-        assert fault_of(200, job.image, SIZE) is None
+        assert judge(200, job.image, job) == (GOOD, None)
         with Image.open(io.BytesIO(job.mask)) as mask:
             assert mask.size == (SIZE, SIZE)
             assert mask.getextrema() == (0, 255)
@@ -154,20 +162,21 @@ async def good(_: httpx.Request) -> httpx.Response:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "fault"),
+    ("status", "body", "outcome", "fault"),
     [
-        (200, png(SIZE), None),
-        (429, b"busy", "status 429"),
-        (200, png(SIZE + 8), "a picture of"),
-        (200, b"<html>", "no PNG"),
-        (200, png(SIZE)[:-20], "no PNG"),
+        (200, png(SIZE), "good", None),
+        (429, b"busy", "status 429", "status 429: busy"),
+        (200, png(SIZE + 8), "wrong picture", "a picture of"),
+        (200, b"<html>", "wrong picture", "no PNG"),
+        (200, png(SIZE)[:-20], "wrong picture", "no PNG"),
     ],
 )
-def test_only_a_whole_png_of_the_right_size_counts(status: int, body: bytes, fault: str | None) -> None:
+def test_only_a_whole_png_of_the_right_size_counts(status: int, body: bytes, outcome: str, fault: str | None) -> None:
     """Errors, other formats, other sizes and truncated files are faults, however fast they came."""
-    found = fault_of(status, body, SIZE)
-    assert (found is None) == (fault is None)
-    assert fault is None or (found is not None and found.startswith(fault))
+    found, why = judge(status, body, draw_jobs(1, SIZE, seed=1)[0])
+    assert found == outcome
+    assert (why is None) == (fault is None)
+    assert fault is None or (why is not None and why.startswith(fault))
 
 
 def test_closed_loop_keeps_its_concurrency() -> None:
@@ -191,7 +200,7 @@ def test_closed_loop_keeps_its_concurrency() -> None:
     assert most == 3
     assert sorted(seeds) == sorted(job.fields["seed"] for job in jobs)
     assert [answer.fault for answer in one.answers] == [None] * 9
-    assert one.model_calls == num_model_calls(jobs)
+    assert one.model_calls_per_second * one.seconds == pytest.approx(num_model_calls(jobs))
     assert not one.is_cut_short
 
 
@@ -244,8 +253,10 @@ def test_a_lost_connection_is_a_fault() -> None:
 
 
 def a_round(latency: float, seconds: float, fault: str | None = None) -> Round:
-    """Two requests of ten model calls; the second is the one with the fault."""
-    return Round((Answer(latency, None), Answer(latency * 2, fault)), seconds, model_calls=20, is_cut_short=False)
+    """Two requests of twenty model calls; the second is the one with the fault."""
+    first = Answer(0.0, 0.0, latency, 20, GOOD, None)
+    second = Answer(0.0, 0.0, latency * 2, 20, GOOD if fault is None else "status 500", fault)
+    return Round((first, second), seconds, seconds, is_cut_short=False)
 
 
 def test_figures_leave_out_what_was_not_answered_well() -> None:
@@ -259,7 +270,7 @@ def test_figures_leave_out_what_was_not_answered_well() -> None:
 
 def test_figures_need_a_good_answer() -> None:
     """A server that answered nothing well has no figures; the error names the first fault."""
-    dead = Round((Answer(0.1, "status 503"),), 1.0, model_calls=10, is_cut_short=False)
+    dead = Round((Answer(0.0, 0.0, 0.1, 10, "status 503", "status 503"),), 1.0, 1.0, is_cut_short=False)
     with pytest.raises(NoGoodAnswerError, match="status 503"):
         figures_of([dead])
 
@@ -274,7 +285,7 @@ def test_report_states_medians_ratios_and_counts() -> None:
     )
     table = markdown([comparison], {"model": "demo"})
     assert "| closed loop | requests/s | 1.00 | 0.50 | 2.00 |" in table
-    assert "| closed loop | model calls/s | 10.00 | 5.00 | 2.00 |" in table
+    assert "| closed loop | model calls/s | 20.00 | 10.00 | 2.00 |" in table
     assert "| closed loop | latency p50, s | 1.50 | 3.00 | 0.50 |" in table
     assert "| closed loop | requests (rounds), not answered well | 6 (3), 0 | 6 (3), 0 | |" in table
     assert "- model: demo" in table
@@ -293,7 +304,7 @@ def test_document_holds_every_answer() -> None:
     rounds = (a_round(1.0, 1.0, fault="status 500"),)
     text = json.dumps(document([Comparison("load", rounds, rounds, is_open=False)], {"model": "demo"}))
     kept = json.loads(text)["comparisons"][0]["service"]["rounds"][0]["answers"]
-    assert kept == [{"latency_seconds": 1.0, "fault": None}, {"latency_seconds": 2.0, "fault": "status 500"}]
+    assert [(answer["latency_seconds"], answer["fault"]) for answer in kept] == [(1.0, None), (2.0, "status 500")]
 
 
 # --- switches ------------------------------------------------------------------------
