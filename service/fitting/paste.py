@@ -35,6 +35,7 @@ def paste_back(
         )
         return _with_window(upload_image, placement, painted)
     result = upload_image.copy()
+    painted = np.ascontiguousarray(painted)
     np.copyto(_whole_pixels(window.cut(result)), _whole_pixels(painted), where=share >= REPAINT_FROM)
     return result
 
@@ -132,5 +133,5 @@ def _with_window(upload_image: Pixels, placement: Placement, window: Pixels) -> 
 
 
 def _whole_pixels(pixels: Pixels) -> NDArray[np.void]:
-    """(H, W) view of (H, W, 3) pixels with each as one value: NumPy copies them by a mask many times as fast."""
+    """(H, W) view of (H, W, 3) pixels, each as one value: NumPy copies them by a mask many times as fast."""
     return pixels.view("V3")[..., 0]
