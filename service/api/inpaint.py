@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from secrets import randbelow
 
@@ -26,7 +26,7 @@ from service.api.fields import InpaintFields
 from service.api.forms import InpaintForm, read_form
 from service.api.ip_adapter import ip_adapter_use
 from service.api.loras import resolve_loras
-from service.api.multipart import read_parts
+from service.api.multipart import Part, read_parts
 from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES
 from service.api.pictures import Canvas, prepare_canvas, preview_file, render
 from service.api.problems import Fault, InvalidRequest
@@ -36,13 +36,31 @@ from service.api.tensors import TENSORS
 from service.engine.engine import Handle
 from service.errors import ErrorCode, InpaintError
 from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, OutputFormat, media_type
-from service.request import InpaintParams, InpaintResult, Pixels
+from service.messages import ModelInfo
+from service.request import InpaintParams, InpaintResult, LoraUse, Pixels
 
 _FORMAT_OF_TYPE: dict[str, OutputFormat] = {
     **{kind: name for name, kind in MEDIA_TYPES.items()},
     ARRAY_MEDIA_TYPE: "npy",
 }
 _OFFERS = (*_FORMAT_OF_TYPE, JSON_MEDIA_TYPE, EVENT_STREAM_MEDIA_TYPE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A valid request, its pictures decoded and fitted.
+
+    Attributes:
+        media_type: What the answer will be sent as.
+        fields: What the client asked for, with the format that is answered.
+        loras: The LoRAs that it names, as they are now.
+        canvas: What is painted on.
+    """
+
+    media_type: str
+    fields: InpaintFields
+    loras: tuple[LoraUse, ...]
+    canvas: Canvas
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +113,24 @@ async def _admit(request: Request, state: ServiceState, started_at: float) -> _A
     choose_media_type(accept, _OFFERS)  # Nobody uploads megabytes for a 406.
     state.engine.check_room()
     with state.intake.place():
-        form = await _read_form(request, state)
-        return await _submit(request, state, form, _answer_type(form, accept), started_at)
+        parts = await read_parts(request.headers.get("Content-Type", ""), request.stream())
+        model = state.model
+        prepared = await state.in_thread(lambda: _prepare(parts, accept, state, model))
+        return _submit(request, state, model, prepared, started_at)
 
 
-async def _read_form(request: Request, state: ServiceState) -> InpaintForm:
-    parts = await read_parts(request.headers.get("Content-Type", ""), request.stream())
-    model = state.model
-    return await state.in_thread(lambda: read_form(parts, model))
+def _prepare(parts: Sequence[Part], accept: str, state: ServiceState, model: ModelInfo) -> _Prepared:
+    """Validate, find the LoRAs, decode and fit. In a thread: files are looked for, and pictures take a while."""
+    form = read_form(parts, model)
+    media_type = _answer_type(form, accept)
+    fields = form.fields
+    if media_type in _FORMAT_OF_TYPE and not form.is_format_named:
+        fields = fields.model_copy(update={"output_format": _FORMAT_OF_TYPE[media_type]})
+    if media_type != EVENT_STREAM_MEDIA_TYPE:
+        fields = fields.model_copy(update={"previews": False})
+    loras = resolve_loras(fields.loras, state.engine.adapters)
+    canvas = prepare_canvas(form, fields.output_format, model, state.settings.max_pixels, state.metrics)
+    return _Prepared(media_type, fields, loras, canvas)
 
 
 def _answer_type(form: InpaintForm, accept: str) -> str:
@@ -119,26 +147,17 @@ def _answer_type(form: InpaintForm, accept: str) -> str:
     return chosen
 
 
-async def _submit(
-    request: Request, state: ServiceState, form: InpaintForm, media_type: str, started_at: float
+def _submit(
+    request: Request, state: ServiceState, model: ModelInfo, prepared: _Prepared, started_at: float
 ) -> _Admitted:
-    """Decode, fit and submit."""
-    model = state.model
-    fields = form.fields
-    if media_type in _FORMAT_OF_TYPE and not form.is_format_named:
-        fields = fields.model_copy(update={"output_format": _FORMAT_OF_TYPE[media_type]})
-    if media_type != EVENT_STREAM_MEDIA_TYPE:
-        fields = fields.model_copy(update={"previews": False})
-    loras = await state.in_thread(lambda: resolve_loras(fields.loras, state.engine.adapters))
-    canvas = await state.in_thread(
-        lambda: prepare_canvas(form, fields.output_format, model, state.settings.max_pixels, state.metrics)
-    )
+    """Hand it to the engine."""
+    fields, canvas = prepared.fields, prepared.canvas
     # Such that the last image's own seed can be asked for, too.
     random_seed = randbelow(MAX_SEED + 2 - fields.num_images_per_prompt)
     embeds = canvas.tensors.ip_adapter_image_embeds
     has_image = canvas.ip_adapter_image is not None
     ip_adapter = ip_adapter_use(fields.ip_adapter_scale, model.ip_adapter, embeds, has_image=has_image)
-    params = fields.params(model, canvas.fitted.placement.working, random_seed, loras, ip_adapter)
+    params = fields.params(model, canvas.fitted.placement.working, random_seed, prepared.loras, ip_adapter)
     handle = state.engine.submit(
         params,
         canvas.fitted.image,
@@ -148,7 +167,7 @@ async def _submit(
         timeout_seconds=fields.timeout,
         request_id=record_of(request.scope).request_id,
     )
-    return _Admitted(request, state, media_type, fields, params, canvas, handle, started_at)
+    return _Admitted(request, state, prepared.media_type, fields, params, canvas, handle, started_at)
 
 
 async def _result_unless_gone(request: Request, handle: Handle) -> InpaintResult:

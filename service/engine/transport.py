@@ -38,7 +38,7 @@ class Transport:
         self._connection = connection
         self._on_report = on_report
         self._loop = asyncio.get_running_loop()
-        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._outbox: SimpleQueue[Command | None] = SimpleQueue()
         self.at_eof: asyncio.Future[None] = self._loop.create_future()
         """Done once the worker's end is closed and every report before that was handed over."""
         self._threads = [
@@ -50,7 +50,7 @@ class Transport:
 
     def send(self, command: Command) -> None:
         """Queue a command. Never blocks; to a worker that is gone it is dropped, and `at_eof` says so."""
-        self._outbox.put(pickle.dumps(command, protocol=PICKLE_PROTOCOL))
+        self._outbox.put(command)
 
     def hang_up(self) -> None:
         """Close both directions now, whoever else may still hold the other end. Idempotent."""
@@ -85,9 +85,15 @@ class Transport:
         self._post(self._end)
 
     def _write(self) -> None:
-        with suppress(OSError):
-            while (frame := self._outbox.get()) is not None:
-                self._connection.send_bytes(frame)
+        try:
+            while (command := self._outbox.get()) is not None:
+                # Pickled here, where copying megabytes of pixels stalls nobody.
+                self._connection.send_bytes(pickle.dumps(command, protocol=PICKLE_PROTOCOL))
+        except OSError:
+            pass  # Closed.
+        except Exception:
+            logger.exception("a command cannot be sent; the worker counts as lost")
+            self.hang_up()
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         with suppress(RuntimeError):  # The loop is closed: nobody is left to hear of it.

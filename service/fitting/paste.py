@@ -1,6 +1,7 @@
 """From what the model painted back to a picture at upload size."""
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from service.fitting import stock
@@ -26,14 +27,17 @@ def paste_back(
         (H, W, 3) uint8 RGB.
     """
     window = placement.window
-    share = window.cut(mask)
-    if not feather:
-        share = np.where(share >= REPAINT_FROM, np.uint8(255), np.uint8(0))
-    # Pillow's blend is exact at both ends: 0 gives the upload's value and 255 the painted one.
-    pasted = Image.composite(
-        _to_window(painted, placement), Image.fromarray(window.cut(upload_image)), Image.fromarray(share)
-    )
-    return _with_window(upload_image, placement, pasted)
+    share, painted = window.cut(mask), _to_window(painted, placement)
+    if feather:
+        # Pillow's blend is exact at both ends: 0 gives the upload's value and 255 the painted one.
+        painted = np.asarray(
+            Image.composite(Image.fromarray(painted), Image.fromarray(window.cut(upload_image)), Image.fromarray(share))
+        )
+        return _with_window(upload_image, placement, painted)
+    result = upload_image.copy()
+    painted = np.ascontiguousarray(painted)
+    np.copyto(_whole_pixels(window.cut(result)), _whole_pixels(painted), where=share >= REPAINT_FROM)
+    return result
 
 
 def paste_back_floats(
@@ -82,9 +86,9 @@ def overlay(upload_image: Pixels, mask: Pixels, placement: Placement, painted: P
     laid_over = stock.apply_overlay(
         Image.fromarray(window.cut(mask)),
         Image.fromarray(window.cut(upload_image)),
-        _to_window(painted, placement),
+        Image.fromarray(_to_window(painted, placement)),
     )
-    return _with_window(upload_image, placement, laid_over)
+    return _with_window(upload_image, placement, np.asarray(laid_over))
 
 
 def opaque_where_painted(alpha: Pixels, mask: Pixels, *, feather: bool = False) -> Pixels:
@@ -111,16 +115,23 @@ def black_picture(placement: Placement, *, composite: bool) -> Pixels:
     return np.zeros((size.height, size.width, 3), np.uint8)
 
 
-def _to_window(painted: Pixels, placement: Placement) -> Image.Image:
+def _to_window(painted: Pixels, placement: Placement) -> Pixels:
     """The painted picture at the window's size: the reverse of how the window was fitted."""
-    image, size = Image.fromarray(painted), placement.window.size
-    if placement.is_padded_crop:
-        return stock.resize_and_crop(image, size)
-    return stock.resize(image, size)
+    size = placement.window.size
+    if Size.of(painted) == size:
+        return painted
+    image = Image.fromarray(painted)
+    bring = stock.resize_and_crop if placement.is_padded_crop else stock.resize
+    return np.asarray(bring(image, size))
 
 
-def _with_window(upload_image: Pixels, placement: Placement, window: Image.Image) -> Pixels:
+def _with_window(upload_image: Pixels, placement: Placement, window: Pixels) -> Pixels:
     """A copy of the upload with other pixels in the window."""
     result = upload_image.copy()
-    placement.window.cut(result)[:] = np.asarray(window)
+    placement.window.cut(result)[:] = window
     return result
+
+
+def _whole_pixels(pixels: Pixels) -> NDArray[np.void]:
+    """(H, W) view of (H, W, 3) pixels, each as one value: NumPy copies them by a mask many times as fast."""
+    return pixels.view("V3")[..., 0]

@@ -11,6 +11,7 @@ from service.request import Pixels
 
 MAX_ICC_BYTES = 1024 * 1024
 
+_PLAIN_MODES = ("1", "L", "RGB")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _MAX_DEEP = 0xFFFF
@@ -51,6 +52,8 @@ def grey(image: Image.Image, *, bit_depth: int = 8) -> Pixels:
         image: The loaded picture.
         bit_depth: As for `rgb_and_alpha`.
     """
+    if image.mode in _PLAIN_MODES and "transparency" not in image.info:
+        return np.asarray(image.convert("L"))
     rgb, alpha = rgb_and_alpha(image, bit_depth=bit_depth)
     luminance = np.asarray(Image.fromarray(rgb).convert("L"))  # of r = g = b exactly that value
     if alpha is None:

@@ -20,6 +20,7 @@ from service.fitting import (
     paste_back_floats,
     result_size,
 )
+from service.fitting.placement import Box
 from service.imaging import decode_upload, encode_image, shape_mask
 from tests.unit.picture_files import Pixels, circle_mask, noise, saved
 
@@ -145,6 +146,18 @@ def test_long_thin_crops_need_no_more_memory_than_the_upload() -> None:
     image, mask = noise(1, 60_000), np.full((1, 60_000), 255, np.uint8)
     placement = fitted(image, mask, padding_mask_crop=8).placement
     assert paste_back(image, mask, placement, painted_for(placement)).shape == image.shape
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
+def test_where_nothing_was_scaled_every_pixel_is_one_or_the_other(height: int, width: int, seed: int) -> None:
+    """The painted pixel from half white on, and else the upload's own; however the arrays lie in memory."""
+    upload = noise(2 * height, 3 * width, seed=seed)[::2, ::3]
+    painted = np.ascontiguousarray(noise(height, width, seed=seed + 1).transpose(2, 0, 1)).transpose(1, 2, 0)
+    mask = noise(height, width, channels=1, seed=seed + 2)
+    whole = Box(0, 0, width, height)
+    placement = Placement(upload=whole.size, working=whole.size, window=whole, is_padded_crop=False)
+    expected = np.where(mask[..., None] >= 128, painted, upload)
+    assert np.array_equal(paste_back(upload, mask, placement, painted), expected)
 
 
 def test_the_upload_is_not_written_to() -> None:

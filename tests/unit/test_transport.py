@@ -127,3 +127,15 @@ def test_hang_up_ends_the_wait_for_a_silent_worker() -> None:
         assert reports.empty()
 
     over_a_pipe(main)
+
+
+def test_a_command_that_cannot_be_sent_costs_the_worker() -> None:
+    """It is hung up on and counts as lost, and what it had runs again elsewhere; nothing waits for ever."""
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        transport.send(Cancel(lambda: None))  # type: ignore[arg-type]  # no pickle holds a function without a name
+        await transport.at_eof
+        assert reports.empty()
+        assert theirs.poll(20)  # The end of the pipe.
+
+    over_a_pipe(main)
