@@ -12,9 +12,9 @@ import torch
 from service.errors import ErrorCode, InpaintError
 from service.request import Floats, NsfwPolicy, Output, Pixels
 from service.worker.checkpoint import Components
-from service.worker.loop import Finish
 from service.worker.safety import SafetyCheck
 from service.worker.slots import Slot
+from service.worker.stages import Finish
 
 logger = logging.getLogger(__name__)
 

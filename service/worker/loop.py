@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from service.errors import ErrorCode, InpaintError
 from service.messages import (
@@ -23,7 +23,6 @@ from service.messages import (
     Failed,
     Finished,
     InspectLora,
-    LoraInfo,
     LoraInspected,
     Ping,
     Pong,
@@ -32,7 +31,7 @@ from service.messages import (
     Submit,
     Ticked,
 )
-from service.request import Floats, InpaintResult, Pixels, Timings
+from service.request import InpaintResult, Pixels, Timings
 from service.worker.attempts import Attempt, as_inpaint_error, attempt
 from service.worker.background import InlineJobs, Jobs, Lane
 from service.worker.batcher import Batcher, Generation
@@ -40,6 +39,7 @@ from service.worker.busy import BusyClock
 from service.worker.faults import DeviceLost
 from service.worker.intake import Intake
 from service.worker.previews import Previews
+from service.worker.stages import Finish, Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -49,56 +49,6 @@ BUSY_WINDOW_SECONDS = 10.0
 
 GATHER_SECONDS = 0.002
 """What an idle worker waits for the next message of a burst, so that its first requests are prepared together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """What `Pipeline.finish` made of one generation.
-
-    Attributes:
-        images: As in `InpaintResult`.
-        nsfw: One flag per image.
-        vae_decode_seconds: Time of the decode that it shared.
-        safety_seconds: Time of the safety check that it shared.
-    """
-
-    images: Pixels | Floats
-    nsfw: tuple[bool, ...]
-    vae_decode_seconds: float
-    safety_seconds: float
-
-
-class Pipeline(Protocol):
-    """The tensor work. `prepare`, `step`, `finish` and `preview` take generations of one batch key.
-
-    They raise `BatchTooLarge` or `DeviceLost` for what those say, and otherwise
-    leave every generation as it was before the call, so that a smaller batch
-    can try again. `finish` reports the fault of one generation in its place.
-
-    On a CUDA device three threads call them at the same time, none of which
-    need be the one that loaded the model: `prepare` has one thread; `finish`
-    and `preview` share another; everything else is called by the loop's. A
-    generation is prepared before it is first stepped, and finished after its
-    last step was asked for.
-    """
-
-    def prepare(self, generations: Sequence[Generation]) -> None:
-        """Encode text and pictures, draw noise; sets `latents` and `steps`."""
-
-    def step(self, generations: Sequence[Generation]) -> None:
-        """Advance every image by one model call. The device need not be done with it on return."""
-
-    def finish(self, generations: Sequence[Generation]) -> list[Finish | InpaintError]:
-        """Decode, check, and give back pictures."""
-
-    def preview(self, generations: Sequence[Generation]) -> list[Pixels | None]:
-        """What each may become, where there is something to show. May run while they are stepped or after."""
-
-    def inspect_lora(self, path: str) -> LoraInfo:
-        """What a file is as a LoRA of this model."""
-
-    def memory_bytes(self) -> dict[str, int]:
-        """Device memory by kind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from service.worker.checkpoint import Components
 from service.worker.denoise import tick
 from service.worker.faults import BatchTooLarge, DeviceLost
 from service.worker.finish import Finisher
-from service.worker.loop import Finish
 from service.worker.prepare import Preparer
 from service.worker.slots import Slot, SlotBatch
+from service.worker.stages import Finish
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Latents:
 
 
 class InpaintPipeline:
-    """Prepares, steps and finishes generations on one device; see `service.worker.loop.Pipeline`.
+    """Prepares, steps and finishes generations on one device; see `service.worker.stages.Pipeline`.
 
     Args:
         components: The loaded checkpoint.

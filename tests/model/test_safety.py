@@ -17,9 +17,9 @@ from service.settings import Settings
 from service.worker.batcher import Generation
 from service.worker.checkpoint import Components, load
 from service.worker.clip_pixels import ClipPixels
-from service.worker.loop import Finish
 from service.worker.pipeline import InpaintPipeline
 from service.worker.safety import SafetyCheck
+from service.worker.stages import Finish
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
 from tests.model.mixed_requests import mixed_requests
 

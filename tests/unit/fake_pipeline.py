@@ -12,7 +12,8 @@ from service.messages import Command, LoraInfo, Report
 from service.request import InpaintParams, InpaintRequest
 from service.worker.background import Jobs
 from service.worker.batcher import Batcher, Generation
-from service.worker.loop import Finish, Worker
+from service.worker.loop import Worker
+from service.worker.stages import Finish
 
 
 def make_request(prompt: str = "a red house", *, admitted_at: float = 0.0, **changes: object) -> InpaintRequest:
