@@ -76,10 +76,10 @@ def measure_switching(models: Models, suffixes: tuple[str, ...], rank: int, repe
         make_lora(folder / f"{seed}-{len(suffixes)}.safetensors", unet, suffixes, rank, seed) for seed in (1, 2)
     )
     held = adapters.load((first, second))
-    turns = [(first,), (second,)] * (repeats + 2)
+    turns = [((first,), held[:1]), ((second,), held[1:])] * (repeats + 2)
     with torch.inference_mode():
-        switch_seconds = median_seconds(lambda: adapters.apply_unet(turns.pop()), device, repeats)
-        adapters.apply_unet(())
+        switch_seconds = median_seconds(lambda: adapters.apply_unet(*turns.pop()), device, repeats)
+        adapters.apply_unet((), ())
     after = unet.state_dict()
     return Switching(
         layers=len(held[0].layers["unet"]),

@@ -33,9 +33,10 @@ from benchmarks.report import num_cores
 from benchmarks.synthetic import FULL_SIZE
 from service.errors import StartupError
 from service.settings import BUNDLED_MODEL, Settings
+from service.worker.attention import AttentionContext
 from service.worker.checkpoint import load
 from service.worker.runtime import open_device
-from service.worker.switches import AttentionContext, apply_switches
+from service.worker.switches import apply_switches
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},

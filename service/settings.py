@@ -81,6 +81,14 @@ class Settings(BaseModel):
     )
     attention_backend: AttentionBackend = Field("auto", description="What computes attention.")
 
+    # Speed.
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="Compile and capture the model at start: auto where it is served in half precision on CUDA."
+    )
+    compile_cache: OptionalPath = Field(
+        None, description="Folder where compiled code is kept, for a faster next start; by default torch's own."
+    )
+
     # Adapters.
     lora_dir: OptionalPath = Field(None, description="Folder of LoRAs, <name>.safetensors each.")
     embeddings_dir: OptionalPath = Field(

@@ -24,6 +24,7 @@ from service.worker.batcher import BatchKey, Generation
 from service.worker.checkpoint import load
 from service.worker.pipeline import InpaintPipeline
 from service.worker.runtime import open_device
+from service.worker.warm_up import warm_up
 
 WINDOW_SECONDS = 0.05
 
@@ -112,7 +113,7 @@ def main() -> None:
     )
     components = load(settings, open_device(arguments.device, arguments.threads))
     pipeline = InpaintPipeline(components, settings.nsfw_policy)
-    max_images, _ = pipeline.warm_up(settings.max_images)
+    max_images = warm_up(pipeline, settings).max_images
     run(pipeline, open_front(arguments.port), max_images, arguments.window_seconds)
 
 

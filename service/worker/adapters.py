@@ -38,6 +38,8 @@ class LoadedLora:
 class Adapters:
     """The LoRAs of one worker.
 
+    One thread loads and has the text encoder, one has the UNet; `inspect` and `free` are anybody's.
+
     Args:
         unet: Its UNet.
         text_encoder: Its text encoder.
@@ -78,28 +80,30 @@ class Adapters:
             num_text_encoder_layers=len(layers.get("text_encoder", {})),
         )
 
-    def apply_unet(self, loras: tuple[LoraUse, ...]) -> None:
-        """Have the UNet with exactly these; () for the pristine weights."""
-        self._apply("unet", loras)
+    def apply_unet(self, loras: tuple[LoraUse, ...], loaded: Sequence[LoadedLora]) -> None:
+        """Have the UNet with exactly these, as `load` gave them; () for the pristine weights."""
+        self._apply("unet", loras, loaded)
 
-    def apply_text_encoder(self, loras: tuple[LoraUse, ...]) -> None:
-        """Have the text encoder with exactly these; () for the pristine weights."""
-        self._apply("text_encoder", loras)
+    def apply_text_encoder(self, loras: tuple[LoraUse, ...], loaded: Sequence[LoadedLora]) -> None:
+        """Have the text encoder with exactly these, as `load` gave them; () for the pristine weights."""
+        self._apply("text_encoder", loras, loaded)
 
     def free(self) -> bool:
         """Let go of device memory that only saves time; whether there was any."""
         had_any = [weights.free() for weights in self._parts.values()]
         return any(had_any)
 
-    def _apply(self, part: str, loras: tuple[LoraUse, ...]) -> None:
-        self._parts[part].merge(loras, lambda: self._updates(part, loras))
+    def _apply(self, part: str, loras: tuple[LoraUse, ...], loaded: Sequence[LoadedLora]) -> None:
+        self._parts[part].merge(loras, lambda: self._updates(part, loras, loaded))
 
-    def _updates(self, part: str, loras: tuple[LoraUse, ...]) -> dict[str, list[tuple[LowRank, float]]]:
+    def _updates(
+        self, part: str, loras: tuple[LoraUse, ...], loaded: Sequence[LoadedLora]
+    ) -> dict[str, list[tuple[LowRank, float]]]:
         """What changes each module, in the request's order."""
         updates: dict[str, list[tuple[LowRank, float]]] = {}
-        for lora in loras:
+        for lora, file in zip(loras, loaded, strict=True):
             scales = self._scales(lora) if part == "unet" else lora.text_encoder_scale
-            for name, low_rank in self._load(lora).layers.get(part, {}).items():
+            for name, low_rank in file.layers.get(part, {}).items():
                 updates.setdefault(name, []).append((low_rank, _scale_of(name, scales)))
         return updates
 

@@ -27,12 +27,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from service.errors import StartupError, first_line
 from service.messages import EmbeddingInfo, ModelInfo
 from service.settings import Settings
+from service.worker.attention import AttentionContext
 from service.worker.checkpoint_folder import load_folder, load_safety_checker
 from service.worker.checkpoint_source import locate
 from service.worker.ip_adapter import IpAdapter, load_ip_adapter
 from service.worker.schedulers import names_taking, scheduler_names, short_name
 from service.worker.single_file import load_single_file
-from service.worker.switches import AttentionContext, apply_switches
+from service.worker.switches import apply_switches
 from service.worker.textual_inversion import load_embeddings
 
 logger = logging.getLogger(__name__)

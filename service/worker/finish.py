@@ -11,14 +11,14 @@ import torch
 
 from service.errors import ErrorCode, InpaintError
 from service.request import Floats, NsfwPolicy, Output, Pixels
+from service.worker.autoencoder import MAX_BATCH, Autoencoder
 from service.worker.checkpoint import Components
 from service.worker.safety import SafetyCheck
 from service.worker.slots import Slot
 from service.worker.stages import Finish
+from service.worker.streams import note_use
 
 logger = logging.getLogger(__name__)
-
-MAX_DECODE_BATCH = 8
 
 
 @dataclass(slots=True)
@@ -26,11 +26,11 @@ class _Decoded:
     """One picture from the decoder.
 
     Attributes:
-        pixels: (H, W, 3) uint8.
+        pixels: (H, W, 3) uint8, where they were computed: that is where they are checked.
         floats: (H, W, 3) float32 from 0 to 1, where they are asked for.
     """
 
-    pixels: Pixels
+    pixels: torch.Tensor
     floats: Floats | None
 
 
@@ -39,11 +39,13 @@ class Finisher:
 
     Args:
         components: The loaded checkpoint.
+        autoencoder: Its VAE.
         nsfw_policy: Only "black" changes pictures here; the others are rendered later.
     """
 
-    def __init__(self, components: Components, nsfw_policy: NsfwPolicy) -> None:
+    def __init__(self, components: Components, autoencoder: Autoencoder, nsfw_policy: NsfwPolicy) -> None:
         self._components = components
+        self._autoencoder = autoencoder
         self._nsfw_policy = nsfw_policy
         checker = components.safety_checker
         self._safety = None if checker is None else SafetyCheck(checker, components.feature_extractor)
@@ -60,8 +62,10 @@ class Finisher:
         """
         results: dict[int, Finish | InpaintError] = {}
         sound: list[int] = []
+        is_finite = _are_finite(torch.stack([slot.latents for slots in generations for slot in slots]))
         for index, slots in enumerate(generations):
-            if all(bool(torch.isfinite(slot.latents).all()) for slot in slots):
+            of_slots, is_finite = is_finite[: len(slots)], is_finite[len(slots) :]
+            if all(of_slots):
                 sound.append(index)
             else:
                 results[index] = InpaintError(ErrorCode.NAN_OUTPUT, "The model's output was not a number.")
@@ -105,7 +109,10 @@ class Finisher:
         )
         sound = {index: [picture.pixels] for index, picture in zip(guessed, decoded, strict=True) if picture}
         flags = self._check(sound)
-        return [sound[index][0] if index in sound and flags[index] == (False,) else None for index in range(len(slots))]
+        return [
+            sound[index][0].cpu().numpy() if index in sound and flags[index] == (False,) else None
+            for index in range(len(slots))
+        ]
 
     def _estimate(self, slot: Slot) -> torch.Tensor | None:
         """(C, h, w) latents x0 that the UNet's output points to; None where the noise level is not known.
@@ -116,6 +123,7 @@ class Finisher:
         estimate = slot.estimate
         if estimate is None or estimate.call == 0:
             return None
+        note_use((estimate.latents, estimate.output))  # The next step may replace it while this is computed.
         if self._prediction_type == "sample":
             return estimate.output
         image_scale, noise_scale = slot.plan.renoise[estimate.call - 1].tolist()
@@ -141,15 +149,17 @@ class Finisher:
     ) -> list[_Decoded | None]:
         components = self._components
         pictures: list[_Decoded | None] = []
-        for first in range(0, len(slots), MAX_DECODE_BATCH):
-            batch = slice(first, first + MAX_DECODE_BATCH)
+        for first in range(0, len(slots), MAX_BATCH):
+            batch = slice(first, first + MAX_BATCH)
             stacked = torch.stack(list(latents[batch])).to(components.dtype) / components.vae.config.scaling_factor
-            decoded = components.vae.decode(stacked, return_dict=False, **self._conditions(slots[batch]))[0]
-            is_finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
-            images = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
-            for image, is_sound, keeps in zip(images, is_finite, keeps_floats[batch], strict=True):
-                pixels = (image * 255).round().astype(np.uint8) if is_sound else None
-                pictures.append(None if pixels is None else _Decoded(pixels, image if keeps else None))
+            decoded = self._autoencoder.decode(stacked, self._conditions(slots[batch]))
+            images = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+            pixels = (images * 255).round().to(torch.uint8)
+            floats = images.cpu().numpy() if any(keeps_floats[batch]) else None
+            for index, is_sound in enumerate(_are_finite(decoded)):
+                keeps = floats is not None and keeps_floats[first + index]
+                picture = _Decoded(pixels[index], floats[index] if floats is not None and keeps else None)
+                pictures.append(picture if is_sound else None)
         return pictures
 
     def _conditions(self, slots: Sequence[Slot]) -> dict[str, torch.Tensor]:
@@ -161,12 +171,13 @@ class Finisher:
         device, dtype = self._components.device, self._components.dtype
         return {"image": torch.stack(images).to(device, dtype), "mask": torch.stack(masks).to(device, dtype)}
 
-    def _check(self, pictures: dict[int, list[Pixels]]) -> dict[int, tuple[bool, ...] | InpaintError]:
+    def _check(self, pictures: dict[int, list[torch.Tensor]]) -> dict[int, tuple[bool, ...] | InpaintError]:
         """Flags of each request's pictures; a batch that fails is checked request by request."""
         if self._safety is None:
             return {index: (False,) * len(own) for index, own in pictures.items()}
         try:
-            flags = iter(self._safety.verdicts([picture for own in pictures.values() for picture in own]))
+            all_pictures = [picture for own in pictures.values() for picture in own]
+            flags = iter(self._safety.verdicts(torch.stack(all_pictures)) if all_pictures else [])
             return {index: tuple(next(flags) for _ in own) for index, own in pictures.items()}
         except InpaintError as error:
             logger.exception("the safety checker failed")
@@ -181,4 +192,10 @@ def _images(slots: Sequence[Slot], pictures: Sequence[_Decoded], output: Output)
         return torch.stack([slot.latents for slot in slots]).float().cpu().numpy()
     if output == "floats":
         return np.stack([picture.floats for picture in pictures if picture.floats is not None])
-    return np.stack([picture.pixels for picture in pictures])
+    return torch.stack([picture.pixels for picture in pictures]).cpu().numpy()
+
+
+def _are_finite(tensors: torch.Tensor) -> list[bool]:
+    """Of each along the first dimension."""
+    finite: list[bool] = torch.isfinite(tensors).flatten(1).all(dim=1).tolist()
+    return finite

@@ -12,12 +12,14 @@ Batches with different LoRAs take turns, a step each, so the latest merged
 weights are kept: a turn then costs one copy, not a product for each layer.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
 from service.worker.lora_file import LoraLayers, LowRank, refused
+from service.worker.streams import note_use
 
 KEPT_SHARE = 1 / 8
 """Of the memory that is free at the start: for merged weights that are kept, of each model."""
@@ -32,7 +34,7 @@ Updates = Mapping[str, Sequence[tuple[LowRank, float]]]
 
 
 class MergedWeights:
-    """The weights of one model.
+    """The weights of one model. One thread merges; any may ask for the memory that only saves time.
 
     Args:
         model: On its device; only layers that LoRAs are made for are ever changed.
@@ -50,6 +52,7 @@ class MergedWeights:
         self._touched: set[str] = set()
         self._applied: Hashable = ()
         self._kept: OrderedDict[Hashable, dict[str, torch.Tensor]] = OrderedDict()
+        self._lock = threading.Lock()  # Of what is kept.
 
     def fit(self, layers: LoraLayers) -> dict[str, LowRank]:
         """Layers by this model's names, on its device.
@@ -93,24 +96,29 @@ class MergedWeights:
 
     def free(self) -> bool:
         """Let go of merged weights that are kept; whether there were any."""
-        had_any = bool(self._kept)
-        self._kept.clear()
+        with self._lock:
+            had_any = bool(self._kept)
+            self._kept.clear()
         return had_any
 
     def _merged(self, loras: Hashable, updates: Callable[[], Updates]) -> dict[str, torch.Tensor]:
         """The changed weights by module, as they are to be."""
-        if loras in self._kept:
-            self._kept.move_to_end(loras)
-            return self._kept[loras]
+        with self._lock:
+            if loras in self._kept:
+                self._kept.move_to_end(loras)
+                return self._kept[loras]
         merged: dict[str, torch.Tensor] = {}
         for name, several in updates().items():
             weight = self._weights[name]
             if name not in self._pristine:
                 self._pristine[name] = weight.clone()
+            for low_rank, _ in several:
+                note_use((low_rank.down, low_rank.up, low_rank.magnitude))
             merged[name] = _with_updates(self._pristine[name].float(), several).to(weight.dtype)
-        self._kept[loras] = merged
-        while sum(map(_num_bytes, self._kept.values())) > self._max_kept_bytes:
-            self._kept.popitem(last=False)
+        with self._lock:
+            self._kept[loras] = merged
+            while sum(map(_num_bytes, self._kept.values())) > self._max_kept_bytes:
+                self._kept.popitem(last=False)
         return merged
 
     def _find(self, name: str) -> str | None:

@@ -2,26 +2,30 @@
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 
 from service.errors import InpaintError
 from service.messages import LoraInfo
-from service.request import FreeU, InpaintParams, InpaintRequest, NsfwPolicy, Pixels
+from service.request import FreeU, NsfwPolicy, Pixels
 from service.worker.adapters import Adapters, LoadedLora
+from service.worker.attention import AttentionContext
+from service.worker.autoencoder import Autoencoder
 from service.worker.batcher import Generation
+from service.worker.captured import CapturedTicks, TickShape, row_buckets
 from service.worker.checkpoint import Components
+from service.worker.compiled import fuse_projections, noise_predictor
 from service.worker.denoise import tick
 from service.worker.faults import BatchTooLarge, DeviceLost
 from service.worker.finish import Finisher
+from service.worker.pace import Pace
 from service.worker.prepare import Preparer
 from service.worker.slots import Slot, SlotBatch
 from service.worker.stages import Finish
+from service.worker.streams import ThreadStreams
 
 logger = logging.getLogger(__name__)
 
@@ -29,29 +33,22 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32)
-"""UNet batch sizes on CUDA, where each new size costs set-up; larger batches go in multiples of the last."""
+"""UNet batch sizes of ticks on CUDA that are not captured, where each new size costs set-up; larger batches go in
+multiples of the last."""
 
-MAX_AUTO_IMAGES = 16
-MIN_AUTO_IMAGES = 4
-"""Even where more rows bring no throughput, a few share the batch: a short request need not wait for a long one."""
-
-WARM_UP_SECONDS = 20.0
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-
-KNEE = 0.95
-"""Share of the best throughput at which more images in a batch only delay one another."""
 
 
 def _device_faults(
     method: Callable[Concatenate["InpaintPipeline", _P], _T],
 ) -> Callable[Concatenate["InpaintPipeline", _P], _T]:
-    """Compute as the operator chose, and say in the worker's words what torch says of a device.
+    """Compute as the operator chose, on the thread's own stream; say in the worker's words what torch says of a device.
 
     Where memory is short, memory that only saves time goes first, and the call is tried again.
     """
 
     def attempt(self: "InpaintPipeline", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with torch.inference_mode(), self._components.attention.active():
+        with torch.inference_mode(), self._attention.active(), self._streams.active():
             return method(self, *args, **kwargs)
 
     @functools.wraps(method)
@@ -81,15 +78,20 @@ class Latents:
         slots: One for each of its images.
         loras: Held, so that they outlast their files.
         batch: The stacked batch that it was last part of; gone with the last of its generations.
+        stepped: What the device records when its latest step is done; None on a CPU, and before the first.
     """
 
     slots: list[Slot]
     loras: tuple[LoadedLora, ...]
     batch: SlotBatch | None = None
+    stepped: torch.cuda.Event | None = None
 
 
 class InpaintPipeline:
     """Prepares, steps and finishes generations on one device; see `service.worker.stages.Pipeline`.
+
+    On CUDA, `step` returns shortly before the device is done. Nothing else leaves work behind: what another thread
+    takes over is ready, or waits for `Latents.stepped`.
 
     Args:
         components: The loaded checkpoint.
@@ -98,18 +100,32 @@ class InpaintPipeline:
 
     def __init__(self, components: Components, nsfw_policy: NsfwPolicy) -> None:
         self._components = components
-        self._preparer = Preparer(components)
-        self._finisher = Finisher(components, nsfw_policy)
+        self._attention = components.attention
+        self._streams = ThreadStreams(components.device)
+        self._autoencoder = Autoencoder(components.vae)
+        self._preparer = Preparer(components, self._autoencoder)
+        self._finisher = Finisher(components, self._autoencoder, nsfw_policy)
         self._adapters = Adapters(components.unet, components.text_encoder)
         self._freeu: FreeU | None = None
+        self._captured: CapturedTicks | None = None
+        self._captured_seconds: dict[int, float] = {}
+        self._pace = Pace(components.device)
+        if components.device.type == "cuda":
+            torch.cuda.synchronize(components.device)  # The weights are there, whichever stream asks for them.
+
+    @property
+    def components(self) -> Components:
+        """The loaded checkpoint."""
+        return self._components
 
     @_device_faults
     def prepare(self, generations: Sequence[Generation]) -> None:
         """Encode text and pictures, draw noise; sets `latents` and `steps`."""
         loras = generations[0].key.loras
         loaded = self._adapters.load(loras)
-        self._adapters.apply_text_encoder(loras)
+        self._adapters.apply_text_encoder(loras, loaded)
         prepared = self._preparer.prepare([generation.request for generation in generations])
+        self._streams.synchronize()
         for generation, slots in zip(generations, prepared, strict=True):
             generation.latents = Latents(slots, loaded)
             generation.steps = slots[0].num_calls
@@ -118,16 +134,26 @@ class InpaintPipeline:
     def step(self, generations: Sequence[Generation]) -> None:
         """Advance every image by one model call."""
         key = generations[0].key
-        self._adapters.apply_unet(key.loras)
-        self._set_freeu(key.freeu)
-        if self._components.ip_adapter is not None:
-            self._components.ip_adapter.apply(key.ip_adapter)
-        tick(self._components.unet, self._gather(generations), self._pad_rows)
-        self._synchronize()
+        self._adapters.apply_unet(key.loras, generations[0].latents.loras)
+        batch = self._gather(generations)
+        seconds = None
+        if self._captured is not None and key.freeu is None and self._captured.fits(batch):
+            seconds = self._captured_seconds[self._captured.tick(batch)]
+        else:
+            self._set_freeu(key.freeu)
+            if self._components.ip_adapter is not None:
+                self._components.ip_adapter.apply(key.ip_adapter)
+            tick(self._components.unet, batch, self._pad_rows)
+        stepped = self._pace.started(seconds)
+        for generation in generations:
+            generation.latents.stepped = stepped
 
     @_device_faults
     def finish(self, generations: Sequence[Generation]) -> list[Finish | InpaintError]:
         """Decode, check, and give back pictures."""
+        for generation in generations:
+            if generation.latents.stepped is not None:
+                generation.latents.stepped.synchronize()
         return self._finisher.finish(
             [generation.latents.slots for generation in generations],
             [generation.request.params.output for generation in generations],
@@ -136,6 +162,9 @@ class InpaintPipeline:
     @_device_faults
     def preview(self, generations: Sequence[Generation]) -> list[Pixels | None]:
         """The first image of each as it may become; None where nothing can be shown."""
+        for generation in generations:
+            if generation.latents.stepped is not None:
+                generation.latents.stepped.synchronize()
         return self._finisher.preview([generation.latents.slots[0] for generation in generations])
 
     @_device_faults
@@ -183,72 +212,74 @@ class InpaintPipeline:
         largest = ROW_BUCKETS[-1]
         return next((bucket for bucket in ROW_BUCKETS if bucket >= num_rows), -(-num_rows // largest) * largest)
 
-    def _synchronize(self) -> None:
-        if self._components.device.type == "cuda":
-            torch.cuda.synchronize(self._components.device)
+    # --- made ready at the start -------------------------------------------------
 
-    # --- warm-up -------------------------------------------------------------
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether the model's UNet is given nothing but latents, what is beside them, timesteps and prompts."""
+        return self._components.ip_adapter is None and self._components.unet.config.time_cond_proj_dim is None
 
-    def warm_up(self, max_images: int | None) -> tuple[int, dict[int, float]]:
-        """Run every stage once and measure the step by batch size.
+    @property
+    def captured_seconds(self) -> dict[int, float]:
+        """Seconds of a captured tick, by UNet rows."""
+        return dict(self._captured_seconds)
 
-        Doubles the batch until throughput stops growing, memory or time runs out.
+    def prefer(self, attention: AttentionContext) -> None:
+        """Have attention computed so from now on."""
+        self._attention = attention
+
+    def speed_up_unet(self) -> None:
+        """Lay out and fuse the weights for speed; results differ by rounding. Before anything is captured."""
+        self._components.unet.to(memory_format=torch.channels_last)
+        fuse_projections(self._components.unet)
+
+    @_device_faults
+    def capture_ticks(self, max_rows: int, *, is_compiled: bool, on_rows: Callable[[int], None]) -> None:
+        """Have ticks at the native size, of up to so many UNet rows, replayed from now on.
 
         Args:
-            max_images: The operator's cap, or None to find one.
+            max_rows: Fewer where memory is short.
+            is_compiled: Whether to compile the UNet first.
+            on_rows: Told before each capture of how many rows.
 
-        Returns:
-            Images that may run at once, and seconds of one step by UNet rows.
+        Raises:
+            Exception: Whatever goes wrong in compiling; nothing has changed then.
         """
-        step_seconds: dict[int, float] = {}
-        throughput: dict[int, float] = {}
-        started_at = time.monotonic()
-        num_images, largest = 1, max_images or MAX_AUTO_IMAGES
-        while num_images <= largest:
+        components = self._components
+        predict = noise_predictor(components.unet, is_compiled=is_compiled)
+        seconds: dict[int, float] = {}
+        captured: CapturedTicks | None = None
+        for num_rows in reversed(row_buckets(max_rows)):
+            on_rows(num_rows)
             try:
-                seconds = self._measure_step(num_images)
-            except BatchTooLarge:
-                logger.warning("out of device memory at %d images", num_images)
-                if num_images == 1:
-                    raise
-                break
-            step_seconds[2 * num_images] = seconds
-            throughput[num_images] = num_images / seconds
-            is_past_knee = num_images > 1 and throughput[num_images] * KNEE < throughput[num_images // 2]
-            if is_past_knee or time.monotonic() - started_at > WARM_UP_SECONDS:
-                break
-            num_images *= 2
-        best = max(throughput.values())
-        knee = min(images for images, rate in throughput.items() if rate >= KNEE * best)
-        return max_images or max(knee, MIN_AUTO_IMAGES), step_seconds
+                if captured is None:
+                    captured = CapturedTicks(predict, self._tick_shape(), components.device, components.dtype, num_rows)
+                seconds[num_rows] = captured.capture(num_rows)
+            except _OUT_OF_MEMORY:
+                logger.warning("out of device memory: no ticks of %d rows are captured", num_rows)
+                if not seconds:
+                    captured = None
+                torch.cuda.empty_cache()
+        self._captured, self._captured_seconds = captured, seconds
 
-    def _measure_step(self, num_images: int) -> float:
-        """Median seconds of a guided step at the native size, after a whole small request has run."""
-        size = self._components.info.native_size
-        params = InpaintParams(
-            prompt="",
-            negative_prompt="",
-            num_inference_steps=4,
-            guidance_scale=7.5,
-            strength=1.0,
-            num_images_per_prompt=1,
-            seed=0,
-            scheduler="ddim",
-            eta=0.0,
-            clip_skip=0,
+    @_device_faults
+    def capture_autoencoder(self) -> None:
+        """Have pictures of the native size encoded and decoded by captured code from now on."""
+        self._autoencoder.capture(self._components.info.native_size)
+
+    @property
+    def can_capture_autoencoder(self) -> bool:
+        """Whether it computes a batch as a whole."""
+        return self._autoencoder.can_be_captured
+
+    def _tick_shape(self) -> TickShape:
+        components = self._components
+        info, size = components.info, components.info.native_size // components.info.latent_multiple
+        return TickShape(
+            channels=info.latent_channels,
+            conditioning_channels=info.unet_in_channels - info.latent_channels,
             height=size,
             width=size,
+            num_tokens=info.max_tokens,
+            embeds_width=info.embeds_width,
         )
-        grey, mask = np.full((size, size, 3), 128, np.uint8), np.full((size, size), 255, np.uint8)
-        request = InpaintRequest(params, grey, mask, admitted_at=0.0, deadline=float("inf"))
-        generations = [Generation(f"warm-up-{index}", request) for index in range(num_images)]
-        self.prepare(generations)
-        seconds = []
-        while not generations[0].is_denoised:
-            step_started_at = time.monotonic()
-            self.step(generations)
-            seconds.append(time.monotonic() - step_started_at)
-            for generation in generations:
-                generation.steps_done += 1
-        self.finish(generations)
-        return sorted(seconds[1:])[len(seconds[1:]) // 2]

@@ -16,13 +16,12 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from service.errors import ErrorCode, InpaintError
 from service.request import REPAINT_FROM, Floats, InpaintParams, InpaintRequest
+from service.worker.autoencoder import MAX_BATCH, Autoencoder
 from service.worker.checkpoint import Components
 from service.worker.probe import Steps
 from service.worker.sampler import MAX_HISTORY, InstancePlan, Schedule, SchedulePlanner
 from service.worker.slots import Slot
 from service.worker.texts import TextConditions
-
-MAX_ENCODE_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +76,12 @@ class Preparer:
 
     Args:
         components: The loaded checkpoint.
+        autoencoder: Its VAE.
     """
 
-    def __init__(self, components: Components) -> None:
+    def __init__(self, components: Components, autoencoder: Autoencoder) -> None:
         self._components = components
+        self._autoencoder = autoencoder
         self._planner = SchedulePlanner(components.scheduler)
         self._texts = TextConditions(components)
         self._is_plain_unet = components.info.unet_in_channels == 4  # noqa: PLR2004 - 4 latent channels and no mask
@@ -158,9 +159,9 @@ class Preparer:
     def _posteriors(self, pictures: Sequence[torch.Tensor]) -> list[_Posterior]:
         components = self._components
         posteriors: list[_Posterior] = []
-        for first in range(0, len(pictures), MAX_ENCODE_BATCH):
-            batch = torch.stack(list(pictures[first : first + MAX_ENCODE_BATCH]))
-            encoded = components.vae.encode(batch.to(components.device, components.dtype)).latent_dist
+        for first in range(0, len(pictures), MAX_BATCH):
+            batch = torch.stack(list(pictures[first : first + MAX_BATCH]))
+            encoded = self._autoencoder.encode(batch.to(components.device, components.dtype))
             posteriors += [_Posterior(mean, std) for mean, std in zip(encoded.mean, encoded.std, strict=True)]
         return posteriors
 

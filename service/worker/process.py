@@ -1,6 +1,7 @@
 """A worker process from start to end; the supervisor's child runs this."""
 
 import os
+import sys
 import time
 from multiprocessing.connection import Connection
 
@@ -10,6 +11,10 @@ from service.settings import Settings
 from service.worker.background import InlineJobs, Jobs, ThreadedJobs
 from service.worker.batcher import Batcher
 from service.worker.loop import Worker
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread that computes in Python may keep the loop from starting the next step; Python's own is ten times
+as long."""
 
 
 def run(connection: Connection, settings: Settings, device: str, cpu_threads: int) -> None:
@@ -28,13 +33,17 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
     from service.worker.checkpoint import load  # noqa: PLC0415
     from service.worker.pipeline import InpaintPipeline  # noqa: PLC0415
     from service.worker.runtime import open_device  # noqa: PLC0415
+    from service.worker.warm_up import warm_up  # noqa: PLC0415
 
     try:
         torch_device = open_device(device, cpu_threads)
-        components = load(settings, torch_device, lambda stage: connection.send(Loading(stage)))
+
+        def on_stage(stage: str) -> None:
+            connection.send(Loading(stage))
+
+        components = load(settings, torch_device, on_stage)
         pipeline = InpaintPipeline(components, settings.nsfw_policy)
-        connection.send(Loading("warming up"))
-        max_images, step_seconds = pipeline.warm_up(settings.max_images)
+        warmed_up = warm_up(pipeline, settings, on_stage)
     except StartupError as error:
         connection.send(CannotStart(str(error)))
         return
@@ -43,11 +52,14 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
             model=components.info,
             device=device,
             dtype=str(components.dtype).removeprefix("torch."),
-            max_images=max_images,
-            step_seconds=step_seconds,
+            max_images=warmed_up.max_images,
+            step_seconds=dict(warmed_up.step_seconds),
             load_seconds=time.monotonic() - started_at,
         )
     )
     # On a CPU, threads would only take the cores from the running batch.
-    jobs: Jobs = ThreadedJobs() if torch_device.type == "cuda" else InlineJobs()
-    Worker(connection, pipeline, Batcher(max_images), jobs).run()
+    jobs: Jobs = InlineJobs()
+    if torch_device.type == "cuda":
+        jobs = ThreadedJobs()
+        sys.setswitchinterval(SWITCH_SECONDS)
+    Worker(connection, pipeline, Batcher(warmed_up.max_images), jobs).run()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from service.worker.sampler import InstancePlan, InstanceState, Schedule
+from service.worker.streams import note_use, send
 
 MASK_MULTIPLE = 8
 """Masked tokens are filled up to a multiple of this, which fused attention kernels ask of a mask."""
@@ -51,8 +52,8 @@ class Slot:
         picture_mask: (1, H, W), likewise.
         image_tokens: (tokens, D) of each UNet row, for the IP-Adapter; empty without it.
         call: Model calls done.
-        drawn: (C, h, w) noise drawn for the step at hand; kept so that a step that
-            failed and is tried again uses the same.
+        drawn: (C, h, w) noise drawn for the step at hand, on the CPU; kept so that a step
+            that failed and is tried again uses the same.
         advanced: (C, h, w) latents that `instance` has already stepped to, kept likewise.
         has_previews: Whether to keep `estimate`.
         estimate: For a preview.
@@ -88,8 +89,14 @@ class Slot:
         """(C, h, w) float32 latents."""
         return self.state[0]
 
+    @property
+    def tensors(self) -> list[torch.Tensor | None]:
+        """What a step reads of it on the device."""
+        own = [self.state, self.timestep_cond, self.conditioning, self.mask, self.image_latents, self.noise]
+        return [*own, *self.embeds, *self.image_tokens]
 
-@dataclass(slots=True, eq=False)
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class SlotBatch:
     """Images stacked for UNet calls.
 
@@ -130,7 +137,7 @@ class SlotBatch:
 
     @classmethod
     def gather(cls, slots: Sequence[Slot], device: torch.device) -> "SlotBatch":
-        """Stack what stays the same from step to step."""
+        """Stack what stays the same from step to step; the host does not wait for the device."""
         image_of_row: list[int] = []
         uncond_row: list[int] = []
         cond_row: list[int] = []
@@ -139,16 +146,18 @@ class SlotBatch:
             image_of_row += [image] * len(slot.embeds)
             uncond_row.append(first_row)
             cond_row.append(len(image_of_row) - 1)
-        rows = torch.tensor(image_of_row, device=device)
+        for slot in slots:
+            note_use(slot.tensors)
+        rows = send(torch.tensor(image_of_row), device)
         embeds, embeds_mask = _stack_embeds([embeds for slot in slots for embeds in slot.embeds])
         return cls(
             slots=tuple(slots),
             embeds=embeds,
             embeds_mask=embeds_mask,
             image_of_row=rows,
-            uncond_row=torch.tensor(uncond_row, device=device),
-            cond_row=torch.tensor(cond_row, device=device),
-            guidance_scale=torch.tensor([slot.guidance_scale for slot in slots], device=device).view(-1, 1, 1, 1),
+            uncond_row=send(torch.tensor(uncond_row), device),
+            cond_row=send(torch.tensor(cond_row), device),
+            guidance_scale=send(torch.tensor([slot.guidance_scale for slot in slots]), device).view(-1, 1, 1, 1),
             timestep_cond=_of_rows(_stack([slot.timestep_cond for slot in slots]), rows),
             conditioning=_of_rows(_stack([slot.conditioning for slot in slots]), rows),
             mask=_stack([slot.mask for slot in slots]),

@@ -94,9 +94,9 @@ def set_stock(stock: StableDiffusionInpaintPipeline, loras: tuple[LoraUse, ...])
 
 
 def apply(adapters: Adapters, loras: tuple[LoraUse, ...]) -> None:
-    adapters.load(loras)
-    adapters.apply_text_encoder(loras)
-    adapters.apply_unet(loras)
+    loaded = adapters.load(loras)
+    adapters.apply_text_encoder(loras, loaded)
+    adapters.apply_unet(loras, loaded)
 
 
 def assert_equal_outputs(ours: StableDiffusionInpaintPipeline, stock: StableDiffusionInpaintPipeline) -> None:
@@ -270,7 +270,7 @@ def test_failure_half_way_leaves_no_trace(
             else:
                 patch.setattr(merging, failing, merge_some)
             with pytest.raises(torch.OutOfMemoryError):
-                adapters.apply_unet((a, b))
+                adapters.apply_unet((a, b), adapters.load((a, b)))
         apply(adapters, after)
         assert_same(weights_of(ours), expected)
 
@@ -312,13 +312,12 @@ def test_loaded_lora_outlasts_its_file(tmp_path: Path, ours: StableDiffusionInpa
     path = make_lora(tmp_path / "a.safetensors", ours, seed=1)
     first = use(path)
     held = adapters.load((first,))
-    adapters.apply_unet((first,))
+    adapters.apply_unet((first,), held)
     expected = weights_of(ours)
     make_lora(tmp_path / "new.safetensors", ours, seed=9).replace(path)
     other = use(make_lora(tmp_path / "b.safetensors", ours, seed=2))
-    adapters.load((other,))
-    adapters.apply_unet((other,))
-    adapters.apply_unet((first,))
+    adapters.apply_unet((other,), adapters.load((other,)))
+    adapters.apply_unet((first,), held)
     assert_same(weights_of(ours), expected)
     assert len(held) == 1
 

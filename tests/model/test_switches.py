@@ -16,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from service.errors import StartupError
 from service.request import InpaintParams, InpaintRequest
 from service.settings import Settings, load_settings
-from service.worker import switches
+from service.worker import attention
+from service.worker.attention import AttentionContext
 from service.worker.checkpoint import load
 from service.worker.checkpoint_source import BUNDLED_FOLDER
 from service.worker.pipeline import InpaintPipeline
-from service.worker.switches import AttentionContext, apply_switches
+from service.worker.switches import apply_switches
 from tests.model.checkpoints import NATIVE_SIZE
 from tests.model.mixed_requests import paint_target
 from tests.model.staggered import run_staggered
@@ -141,7 +142,7 @@ def test_nothing_is_set_unless_asked(inpainting_checkpoint: Path) -> None:
     assert not components.vae.use_slicing
     assert not components.vae.use_tiling
     assert not [one for one in components.unet.attn_processors.values() if isinstance(one, SlicedAttnProcessor)]
-    assert components.attention == AttentionContext()
+    assert components.attention.backend is None
     assert components.info.attention_backend == "auto"
 
 
@@ -164,6 +165,18 @@ def test_backend_holds_inside_the_context_and_only_there() -> None:
         with context.active(), context.active():
             assert chosen() == SDPBackend.MATH.value
         assert chosen() == SDPBackend.FLASH_ATTENTION.value
+
+
+def test_backend_holds_as_long_as_any_thread_is_inside() -> None:
+    """Threads come and go in any order, as the worker's do."""
+    context = AttentionContext(SDPBackend.MATH)
+    first, second = context.active(), context.active()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_backend_holds_in_every_model(inpainting_checkpoint: Path) -> None:
@@ -215,17 +228,17 @@ def test_backend_that_computes_something_else_is_refused(
     inpainting_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that runs but is wrong is found before the first request."""
-    attention = switches.scaled_dot_product_attention
+    computes = attention.scaled_dot_product_attention
 
     def wrong(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         is_trial = torch.is_inference_mode_enabled()
-        return attention(query, key, value) * (1.01 if is_trial else 1.0)
+        return computes(query, key, value) * (1.01 if is_trial else 1.0)
 
-    monkeypatch.setattr(switches, "scaled_dot_product_attention", wrong)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", wrong)
     assert "computes wrongly on cpu in float32" in refusal(inpainting_checkpoint, attention_backend="flash")
 
     monkeypatch.setattr(
-        switches, "scaled_dot_product_attention", lambda query, key, value: wrong(query, key, value) / 0
+        attention, "scaled_dot_product_attention", lambda query, key, value: wrong(query, key, value) / 0
     )
     assert "computes wrongly" in refusal(inpainting_checkpoint, attention_backend="flash")
 
@@ -234,7 +247,7 @@ def test_backend_that_computes_something_else_is_refused(
 def test_half_precision_is_within_its_own_tolerance(inpainting_checkpoint: Path, dtype: str) -> None:
     """A coarser type rounds more: that is no wrong kernel."""
     settings = Settings(model=str(inpainting_checkpoint), dtype=dtype, attention_backend="flash")  # type: ignore[arg-type]
-    assert load(settings, CPU).attention == AttentionContext(SDPBackend.FLASH_ATTENTION)
+    assert load(settings, CPU).attention.backend is SDPBackend.FLASH_ATTENTION
 
 
 def test_slices_must_fit_the_heads(inpainting_checkpoint: Path) -> None:
