@@ -18,11 +18,8 @@ makes tables and plots of it. `--tiny` tries everything on a CPU in two minutes.
 """
 
 import argparse
-import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -33,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pieces, servers
+from benchmarks.checkpoints import make_checkpoint
 from benchmarks.measurement import Measurement
 from benchmarks.page import overview
 from benchmarks.pieces import FULL, TINY, Budget, Plan
-from benchmarks.report import machine_facts, num_cores
+from benchmarks.report import card, machine_facts, num_cores
 
 LITSERVE_MAX_BATCH = 8
 COMPILE_CACHE = "INPAINT_COMPILE_CACHE"
@@ -115,7 +113,7 @@ def main() -> int:
         arguments.out, _facts(arguments, plan), plan, budget, arguments.device, seed=arguments.seed
     )
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        model = arguments.model or _make_checkpoint(Path(folder) / "checkpoint", is_tiny=arguments.tiny)
+        model = arguments.model or make_checkpoint(Path(folder) / "checkpoint", is_tiny=arguments.tiny)
         compile_cache = Path(folder) / "compile-cache"
         compile_cache.mkdir()
         all_starters = starters(str(model), where, compile_cache)
@@ -129,18 +127,11 @@ def main() -> int:
     return 1 if measurement.has_failed else 0
 
 
-def _make_checkpoint(folder: Path, *, is_tiny: bool) -> Path:
-    # A process of its own: this one sends requests and has no use for torch.
-    command = [sys.executable, "-m", "benchmarks.synthetic", str(folder), *(["--tiny"] if is_tiny else [])]
-    subprocess.run(command, cwd=servers.ROOT, check=True)
-    return folder
-
-
 def _facts(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     steps = "{} to {}".format(*plan.mixed_steps)
     return machine_facts() | {
         "device": arguments.device,
-        "card": _card(arguments.device),
+        "card": card(arguments.device),
         "model": "synthetic, random weights" if arguments.model is None else arguments.model.name,
         "dtype": arguments.dtype,
         "requests": f"{plan.size}x{plan.size} PNG, {plan.steps} or {steps} steps, guidance on, five schedulers, "
@@ -148,19 +139,6 @@ def _facts(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-
-
-def _card(device: str) -> str:
-    """Name, driver and memory of the device, as the driver's own tool gives them."""
-    kind, _, number = device.partition(":")
-    tool = shutil.which("nvidia-smi")
-    if kind != "cuda" or tool is None:
-        return "none" if kind != "cuda" else "unknown"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = visible.split(",")[int(number or 0)].strip() if visible else number or "0"
-    query = [tool, f"--id={chosen}", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return ", ".join(part.strip() for part in answer.stdout.split(",")) or "unknown"
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,9 +1,10 @@
 """A page of results: tables and plots from `results.json` alone.
 
-    python -m benchmarks.page RESULTS.json... --out benchmarks/results
+    python -m benchmarks.page RESULTS.json... [--ticks ticks.json] --out benchmarks/results
 
 Writes `README.md` there with a section for each run, its plots, and a copy of its
-JSON. What people wrote about the runs is taken over from `commentary.md`, verbatim.
+JSON, and with `--ticks` one of what `benchmarks.ticks` wrote. What people wrote about
+the runs is taken over from `commentary.md`, verbatim.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from benchmarks import plots
 from benchmarks.pieces import NAMES, SAME_RATE_SHARE, SERVICE, STATIC
 from benchmarks.plots import NoMatplotlibError, Series
 from benchmarks.report import words
+from benchmarks.tables import NOTHING, percent, table
+from benchmarks.ticks_section import ticks_section
 
 MAX_JSON_BYTES = 200_000
-NOTHING = "-"
 READING = (
     "Images and model calls per second are those of saturated servers in a closed loop, without its start and end; "
     "guidance does not count twice. Latency counts from the moment at which a request was due."
@@ -38,6 +40,10 @@ PLOTS = {
 
 Document = Mapping[str, Any]
 """What `benchmarks.gpu` writes."""
+
+
+class TooLargeError(Exception):
+    """A file holds more than figures."""
 
 
 def overview(document: Document) -> str:
@@ -62,7 +68,7 @@ def overview(document: Document) -> str:
     if same_rate:
         goodputs = [_figure(same_rate.get(server), "goodput_per_second") for server in columns]
         rows.append([f"Poisson, {rate:.2f}/s: goodput/s", *goodputs])
-    return _table(["", *(NAMES[server] for server in columns)], rows)
+    return table(["", *(NAMES[server] for server in columns)], rows)
 
 
 def section(name: str, document: Document, pictures: Sequence[str]) -> str:
@@ -179,7 +185,7 @@ def _open_table(document: Document) -> str:
         for kind in ("open", "bursts")
         for piece in sorted(_kind(document, kind), key=lambda piece: (_order(piece), piece["rate"]))
     ]
-    return _table(header, rows, num_texts=2) if rows else ""
+    return table(header, rows, num_texts=2) if rows else ""
 
 
 def _service_parts(document: Document) -> list[str]:
@@ -202,22 +208,22 @@ def _service_parts(document: Document) -> list[str]:
             piece["title"],
             _number(piece["service"], "mean_images"),
             _number(piece["service"], "mean_rows"),
-            _percent(piece["stepping_ratio"]),
-            _percent(piece["busy_ratio"]),
-            _percent(None if piece["gpu"] is None else piece["gpu"]["busy_ratio"]),
+            percent(piece["stepping_ratio"]),
+            percent(piece["busy_ratio"]),
+            percent(None if piece["gpu"] is None else piece["gpu"]["busy_ratio"]),
             _number(piece, "api_cpu_ms_per_request", digits=1),
             _number(piece["service"], "queue_seconds"),
             _memory(piece["memory_bytes"]),
         ]
         for piece in loads
     ]
-    parts = ["### Inside this service", INSIDE, _table(header, rows)]
+    parts = ["### Inside this service", INSIDE, table(header, rows)]
     for worker in document["served"].get("workers", ()):
         if worker["step_seconds"]:
             rows = [[str(number), f"{1000 * seconds:.1f}"] for number, seconds in worker["step_seconds"].items()]
             parts += [
                 f"Steps by UNet rows, as `/v1/models` gives them; at most {worker['max_images']} images share one:",
-                _table(["rows", "ms"], rows),
+                table(["rows", "ms"], rows),
             ]
     return parts
 
@@ -226,7 +232,7 @@ def _starts_table(document: Document) -> str:
     rows = [
         [NAMES[start["server"]], start["cache"] or NOTHING, f"{start['seconds']:.1f}"] for start in document["starts"]
     ]
-    return _table(["server", "compile cache", "ready after, s"], rows, num_texts=2)
+    return table(["server", "compile cache", "ready after, s"], rows, num_texts=2)
 
 
 def _left_out(document: Document) -> Iterator[str]:
@@ -282,10 +288,6 @@ def _latency(piece: Document | None, name: str) -> str:
     return NOTHING if piece is None else _number(piece["figures"]["latency"], name)
 
 
-def _percent(ratio: float | None) -> str:
-    return NOTHING if ratio is None else f"{ratio:.0%}"
-
-
 def _memory(memory_bytes: Mapping[str, float]) -> str:
     return ", ".join(f"{kind} {num_bytes / 1e9:.1f}" for kind, num_bytes in memory_bytes.items()) or NOTHING
 
@@ -293,12 +295,6 @@ def _memory(memory_bytes: Mapping[str, float]) -> str:
 def _not_good(piece: Document) -> str:
     found = [f"{count} {outcome}" for outcome, count in piece["figures"]["outcomes"].items() if outcome != "good"]
     return ", ".join(found) or "0"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int = 1) -> str:
-    """A Markdown table; the columns after the first `num_texts` are numbers."""
-    lines = [header, [("---" if column < num_texts else "---:") for column in range(len(header))], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def run_name(path: Path) -> str:
@@ -314,26 +310,35 @@ def main() -> int:
     commentary = folder / "commentary.md"
     parts = ["# Measured\n\nMade by `python -m benchmarks.page` from the JSON files beside it.\n"]
     parts += [commentary.read_text(encoding="utf-8")] if commentary.exists() else []
-    for path in arguments.results:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > MAX_JSON_BYTES:
-            print(f"{path} has {len(text):,} bytes: more than figures", file=sys.stderr)
-            return 1
-        name, document = run_name(path), json.loads(text)
-        try:
-            pictures = draw(name, document, folder)
-        except NoMatplotlibError as error:
-            print(error, file=sys.stderr)
-            return 1
-        parts.append(section(name, document, pictures))
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    try:
+        for path in arguments.results:
+            name, text = run_name(path), _figures_in(path)
+            document = json.loads(text)
+            parts.append(section(name, document, draw(name, document, folder)))
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        if arguments.ticks is not None:
+            text = _figures_in(arguments.ticks)
+            parts.append(ticks_section(json.loads(text)))
+            (folder / "ticks.json").write_text(text, encoding="utf-8")
+    except (NoMatplotlibError, TooLargeError) as error:
+        print(error, file=sys.stderr)
+        return 1
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
     return 0
+
+
+def _figures_in(path: Path) -> str:
+    """The file's text, which goes to the page's folder."""
+    text = path.read_text(encoding="utf-8")
+    if len(text) > MAX_JSON_BYTES:
+        raise TooLargeError(f"{path} has {len(text):,} bytes: more than figures")
+    return text
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tables and plots of runs of benchmarks.gpu.")
     parser.add_argument("results", type=Path, nargs="+", help="results.json of a run")
+    parser.add_argument("--ticks", type=Path, help="ticks.json of benchmarks.ticks")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the page")
     return parser.parse_args()
 

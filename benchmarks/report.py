@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,6 +111,19 @@ def machine_facts() -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
     }
+
+
+def card(device: str) -> str:
+    """Name, driver and memory of a torch device, as the driver's own tool gives them."""
+    kind, _, number = device.partition(":")
+    tool = shutil.which("nvidia-smi")
+    if kind != "cuda" or tool is None:
+        return "none" if kind != "cuda" else "unknown"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = visible.split(",")[int(number or 0)].strip() if visible else number or "0"
+    query = [tool, f"--id={chosen}", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return ", ".join(part.strip() for part in answer.stdout.split(",")) or "unknown"
 
 
 def num_cores() -> int:
