@@ -114,8 +114,8 @@ def main() -> int:
     )
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         model = arguments.model or make_checkpoint(Path(folder) / "checkpoint", is_tiny=arguments.tiny)
-        compile_cache = Path(folder) / "compile-cache"
-        compile_cache.mkdir()
+        compile_cache = arguments.compile_cache or Path(folder) / "compile-cache"
+        compile_cache.mkdir(parents=True, exist_ok=True)
         all_starters = starters(str(model), where, compile_cache)
         chosen = {key: start for key, start in all_starters.items() if key in (pieces.SERVICE, *arguments.peers)}
         try:
@@ -150,6 +150,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=_peers, help=f"some of {','.join(pieces.PEERS)}, or none")
     parser.add_argument("--max-seconds", type=float, help="everything ends by then; 560, with --tiny 115")
     parser.add_argument("--threads", type=int, default=num_cores(), help="threads of torch in each server on a CPU")
+    parser.add_argument("--compile-cache", type=Path, help="folder, empty for a cold start; by default a temporary one")
     parser.add_argument("--seed", type=int, default=1, help="of the requests and their arrivals")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU with a tiny checkpoint")
     arguments = parser.parse_args()

@@ -16,12 +16,13 @@ from benchmarks.feeder import Load, feed
 from benchmarks.profiled import ProfiledPipeline
 from benchmarks.timeline import Host
 from service.settings import Settings
-from service.worker.background import InlineJobs, Jobs, ThreadedJobs
 from service.worker.batcher import Batcher
 from service.worker.checkpoint import load
 from service.worker.loop import Worker
 from service.worker.pipeline import InpaintPipeline
+from service.worker.process import jobs_for
 from service.worker.runtime import open_device
+from service.worker.warm_up import warm_up
 
 SETTLE_ROUNDS = 2
 """Requests that each place of the batch has served before the window begins."""
@@ -70,8 +71,7 @@ def take(settings: Settings, device: str, *, threads: int, steps: int, seconds: 
     _prime(torch_device)
     components = load(settings, torch_device)
     pipeline = InpaintPipeline(components, settings.nsfw_policy)
-    max_images, _ = pipeline.warm_up(settings.max_images)
-    jobs: Jobs = ThreadedJobs() if torch_device.type == "cuda" else InlineJobs()
+    max_images = warm_up(pipeline, settings).max_images
 
     # A process, as the service is one: a thread would take the interpreter's lock from the loop.
     context = multiprocessing.get_context("spawn")
@@ -87,7 +87,7 @@ def take(settings: Settings, device: str, *, threads: int, steps: int, seconds: 
     feeder.start()
     theirs.close()
     try:
-        Worker(ours, profiled, Batcher(max_images), jobs).run()
+        Worker(ours, profiled, Batcher(max_images), jobs_for(torch_device.type)).run()
     finally:
         ours.close()
         feeder.join(END_SECONDS)

@@ -57,9 +57,15 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
             load_seconds=time.monotonic() - started_at,
         )
     )
-    # On a CPU, threads would only take the cores from the running batch.
-    jobs: Jobs = InlineJobs()
-    if torch_device.type == "cuda":
-        jobs = ThreadedJobs()
-        sys.setswitchinterval(SWITCH_SECONDS)
-    Worker(connection, pipeline, Batcher(warmed_up.max_images), jobs).run()
+    Worker(connection, pipeline, Batcher(warmed_up.max_images), jobs_for(torch_device.type)).run()
+
+
+def jobs_for(device_type: str) -> Jobs:
+    """Where a worker prepares and finishes.
+
+    On a CPU, threads would only take the cores from the running batch.
+    """
+    if device_type == "cpu":
+        return InlineJobs()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    return ThreadedJobs()

@@ -1,19 +1,25 @@
 """On a GPU in fp16: no further from the fp32 stock result than the fp16 stock result is."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from service.request import InpaintRequest, InpaintResult, IpAdapterUse
+from service.request import InpaintRequest, InpaintResult, IpAdapterUse, Pixels
 from service.settings import Settings
+from service.worker.background import InlineJobs, Jobs, ThreadedJobs
+from service.worker.batcher import Generation
+from service.worker.captured import CapturedTicks
 from service.worker.checkpoint import load
 from service.worker.checkpoint_source import BUNDLED_FOLDER
 from service.worker.pipeline import InpaintPipeline
 from service.worker.schedulers import scheduler_names
+from service.worker.slots import SlotBatch
+from service.worker.stages import Finish
+from service.worker.warm_up import warm_up
 from tests.model.ip_adapter_files import make_image_encoder, make_ip_adapter
 from tests.model.mixed_requests import mixed_requests
 from tests.model.rows import FREEU, Model
@@ -68,15 +74,80 @@ def adapted_requests() -> list[InpaintRequest]:
     ]
 
 
-def test_mixed_batch_is_no_further_from_fp32_stock_than_fp16_stock() -> None:
-    """Compiled or not, padded and mixed with others, a request's picture is as good as stock's own in fp16."""
+@pytest.fixture(scope="module")
+def warm() -> InpaintPipeline:
+    """Compiled and captured, as it is served by default."""
     settings = Settings(devices=("cuda:0",))
     pipeline = InpaintPipeline(load(settings, torch.device("cuda:0")), "flag")
-    requests = [*mixed_requests(scheduler_names()[::3], 24, 256), *adapted_requests()]
-    results, ticks = run_staggered(pipeline, requests, max_images=13)
-    assert max(tick.images for tick in ticks) >= 6
+    warm_up(pipeline, settings)
+    return pipeline
 
-    assert_no_further(requests, results, stock(torch.float16), stock(torch.float32))
+
+def as_loaded() -> InpaintPipeline:
+    """Neither compiled nor captured."""
+    return InpaintPipeline(load(Settings(devices=("cuda:0",)), torch.device("cuda:0")), "flag")
+
+
+@pytest.mark.parametrize("is_warm", [True, False], ids=["captured", "as-loaded"])
+@pytest.mark.parametrize("jobs", [ThreadedJobs, InlineJobs])
+def test_mixed_batch_is_no_further_from_fp32_stock_than_fp16_stock(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, is_warm: bool, jobs: Callable[[], Jobs]
+) -> None:
+    """Compiled or not, padded and mixed with others, a request's picture is as good as stock's own in fp16."""
+    pipeline = request.getfixturevalue("warm") if is_warm else as_loaded()
+    num_captured = count_captured(monkeypatch)
+    requests = [*mixed_requests(scheduler_names()[::3], 24, 256), *adapted_requests()]
+    results, ticks = run_staggered(pipeline, requests, max_images=13, jobs=jobs())
+    assert max(tick.images for tick in ticks) >= 6
+    assert num_captured() >= (len(ticks) // 3 if is_warm else 0)
+
+    assert_no_further(requests, images_of(results), stock(torch.float16), stock(torch.float32))
+
+
+def test_each_number_of_rows_is_no_further_from_fp32_stock_than_fp16_stock(warm: InpaintPipeline) -> None:
+    """Batches of one image to the most that are captured, with and without guidance: full ones and padded ones."""
+    model = Model(256, 192, {}, scheduler="dpmpp_2m")
+    half, full = stock(torch.float16), stock(torch.float32)
+    for num_images in (1, 2, 3, 5, 8, 11, 16):
+        requests = [
+            model.request(num_inference_steps=6, seed=seed, guidance_scale=1.0 if seed % 5 == 4 else 6.0)
+            for seed in range(num_images)
+        ]
+        generations = [Generation(str(seed), request) for seed, request in enumerate(requests)]
+        warm.prepare(generations)
+        while not generations[0].is_denoised:
+            warm.step(generations)
+            for generation in generations:
+                generation.steps_done += 1
+        pictures = [finish.images for finish in warm.finish(generations) if isinstance(finish, Finish)]
+        results = {str(index): np.asarray(images, np.uint8) for index, images in enumerate(pictures)}
+        print(f"{num_images} images:", end=" ")
+        assert_no_further(requests, results, half, full)
+
+
+def test_solo_requests_are_repeatable_to_the_bit(warm: InpaintPipeline) -> None:
+    """Whatever else runs."""
+    model = Model(256, 192, {}, scheduler="euler_a")
+    solo = model.request(num_inference_steps=8, seed=7, batching="solo")
+    others = [model.request(num_inference_steps=5 + index, seed=index) for index in range(6)]
+    requests = [solo, *others[:3], solo, *others[3:], solo]
+    results, _ = run_staggered(warm, requests, max_images=8, jobs=ThreadedJobs())
+    first, *later = (results[str(index)].images for index, request in enumerate(requests) if request is solo)
+    assert len(later) == 2
+    assert all(np.array_equal(first, images) for images in later)
+
+
+def count_captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many ticks have been replayed since."""
+    calls = []
+    tick = CapturedTicks.tick
+
+    def counted(self: CapturedTicks, batch: SlotBatch) -> int:
+        calls.append(batch.num_rows)
+        return tick(self, batch)
+
+    monkeypatch.setattr(CapturedTicks, "tick", counted)
+    return lambda: len(calls)
 
 
 def test_ip_adapter_is_no_further_from_fp32_stock_than_fp16_stock(tmp_path: Path) -> None:
@@ -89,19 +160,24 @@ def test_ip_adapter_is_no_further_from_fp32_stock_than_fp16_stock(tmp_path: Path
     settings = Settings(devices=("cuda:0",), ip_adapter=ip_adapter)
     pipeline = InpaintPipeline(load(settings, torch.device("cuda:0")), "flag")
     requests = pictured_requests()
-    results, ticks = run_staggered(pipeline, requests)
+    results, ticks = run_staggered(pipeline, requests, jobs=ThreadedJobs())
     assert max(tick.images for tick in ticks) >= 2
-    assert_no_further(requests, results, stock(torch.float16, ip_adapter), stock(torch.float32, ip_adapter))
+    assert_no_further(requests, images_of(results), stock(torch.float16, ip_adapter), stock(torch.float32, ip_adapter))
+
+
+def images_of(results: Mapping[str, InpaintResult]) -> dict[str, Pixels]:
+    """The pictures of each request."""
+    return {index: np.asarray(result.images, np.uint8) for index, result in results.items()}
 
 
 def assert_no_further(
-    requests: Sequence[InpaintRequest], results: Mapping[str, InpaintResult], half: Stock, full: Stock
+    requests: Sequence[InpaintRequest], results: Mapping[str, Pixels], half: Stock, full: Stock
 ) -> None:
     """Our results are as near to stock's in fp32 as stock's in fp16 are."""
     ours_error, half_error = [], []
     for index, request in enumerate(requests):
         expected = full(request)[0].astype(float)
-        ours_error.append(np.abs(results[str(index)].images - expected).mean())
+        ours_error.append(np.abs(results[str(index)] - expected).mean())
         half_error.append(np.abs(half(request)[0] - expected).mean())
     print(
         f"mean |error| of 255 against fp32 stock: ours {np.mean(ours_error):.4f}, fp16 stock {np.mean(half_error):.4f}"

@@ -4,12 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service.messages import Drain, Failed, Finished, Report, Submit, Ticked
 from service.request import InpaintRequest, InpaintResult
+from service.worker.background import Jobs
 from service.worker.pipeline import InpaintPipeline
 from tests.unit.fake_pipeline import DrivenWorker
 
 
 def run_staggered(
-    pipeline: InpaintPipeline, requests: list[InpaintRequest], *, max_images: int = 12
+    pipeline: InpaintPipeline, requests: list[InpaintRequest], *, max_images: int = 12, jobs: Jobs | None = None
 ) -> tuple[dict[str, InpaintResult], list[Ticked]]:
     """Send requests while earlier ones run.
 
@@ -17,11 +18,12 @@ def run_staggered(
         pipeline: What the worker runs.
         requests: What to send, in order.
         max_images: The worker's cap.
+        jobs: Where it prepares and finishes; by default where it steps.
 
     Returns:
         Results by the request's index, and every step.
     """
-    worker = DrivenWorker(pipeline, max_images)
+    worker = DrivenWorker(pipeline, max_images, jobs)
     pending = [Submit(str(index), request) for index, request in enumerate(requests)]
     reports: list[Report] = []
     # Sent by a thread, as the engine does: two ends that both wait to send large pictures would wait for ever.
