@@ -1,7 +1,7 @@
 """Where a saturated worker's time goes: a profile of the real loop, with nothing of HTTP around it.
 
     python -m benchmarks.ticks --out DIR [--model FOLDER] [--device cuda:0] [--dtype float16] [--images N]
-        [--steps 20] [--seconds 6] [--tiny]
+        [--steps 20] [--seconds 3] [--tiny]
 
 Loads a worker as its process does, keeps as many requests in flight as the service
 does, and profiles some seconds in the middle: how long the device is busy, with what,
@@ -18,6 +18,8 @@ import os
 import shlex
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +59,7 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
         steps=arguments.steps,
         seconds=arguments.seconds,
         seed=arguments.seed,
+        on_stage=_stages(),
     )
     is_cuda = arguments.device.startswith("cuda")
     intervals = device_intervals(profile.events) if is_cuda else top_level_operators(profile.events)
@@ -98,6 +101,16 @@ def main() -> int:
     return 0
 
 
+def _stages() -> Callable[[str], None]:
+    """Prints what is being done, and when, from now on: on a GPU all this takes minutes."""
+    began_at = time.monotonic()
+
+    def on_stage(stage: str) -> None:
+        print(f"{time.monotonic() - began_at:6.1f} s  {stage}", file=sys.stderr, flush=True)
+
+    return on_stage
+
+
 def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
     return machine_facts() | {
         "device": arguments.device,
@@ -119,7 +132,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", help="float16 on a GPU, float32 on a CPU")
     parser.add_argument("--images", type=int, help="that may share a step; by default as many as the service allows")
     parser.add_argument("--steps", type=int, help="of each request, 2 or more; 20, with --tiny 4")
-    parser.add_argument("--seconds", type=float, help="that are profiled; 6, with --tiny 2")
+    parser.add_argument("--seconds", type=float, help="that are profiled; 3, with --tiny 2")
     parser.add_argument("--threads", type=int, default=num_cores(), help="threads of torch on a CPU")
     parser.add_argument("--seed", type=int, default=1, help="of the requests")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU with a tiny checkpoint")
@@ -127,7 +140,7 @@ def _arguments() -> argparse.Namespace:
     arguments.device = arguments.device or ("cpu" if arguments.tiny else "cuda:0")
     arguments.dtype = arguments.dtype or ("float32" if arguments.device.startswith("cpu") else "float16")
     arguments.steps = arguments.steps or (4 if arguments.tiny else 20)
-    arguments.seconds = arguments.seconds or (2.0 if arguments.tiny else 6.0)
+    arguments.seconds = arguments.seconds or (2.0 if arguments.tiny else 3.0)
     if arguments.steps < 2:
         parser.error("--steps must be at least 2")
     return arguments

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,16 @@ class Profile:
     before: Host
 
 
-def take(settings: Settings, device: str, *, threads: int, steps: int, seconds: float, seed: int) -> Profile:
+def take(
+    settings: Settings,
+    device: str,
+    *,
+    threads: int,
+    steps: int,
+    seconds: float,
+    seed: int,
+    on_stage: Callable[[str], None],
+) -> Profile:
     """Load a worker, saturate it, profile some seconds of it.
 
     Args:
@@ -62,6 +71,7 @@ def take(settings: Settings, device: str, *, threads: int, steps: int, seconds: 
         steps: Of each request.
         seconds: Length of the window.
         seed: Of the requests.
+        on_stage: Told in a few words what is being done.
 
     Raises:
         StartupError: It cannot be loaded.
@@ -69,9 +79,10 @@ def take(settings: Settings, device: str, *, threads: int, steps: int, seconds: 
     """
     torch_device = open_device(device, threads)
     _prime(torch_device)
-    components = load(settings, torch_device)
+    components = load(settings, torch_device, on_stage)
     pipeline = InpaintPipeline(components, settings.nsfw_policy)
-    max_images = warm_up(pipeline, settings).max_images
+    max_images = warm_up(pipeline, settings, on_stage).max_images
+    on_stage(f"saturating it with {max_images} images at once")
 
     # A process, as the service is one: a thread would take the interpreter's lock from the loop.
     context = multiprocessing.get_context("spawn")
@@ -93,6 +104,7 @@ def take(settings: Settings, device: str, *, threads: int, steps: int, seconds: 
         feeder.join(END_SECONDS)
     if not profiled.has_ended or feeder.exitcode != 0:
         raise NoProfileError("the worker ended before its profile was complete, or a request failed")
+    on_stage("reading the profile")
     return Profile(max_images, size, _events(profiler), profiled.recorded(steps), profiled.settled(steps))
 
 

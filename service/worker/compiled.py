@@ -1,7 +1,8 @@
 """Models made faster without other results: fused projections, channels last, compiled for any number of rows."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,12 +35,25 @@ def compiled(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
         if len(arguments[0]) > 1:  # torch takes a batch of one for another program.
             for argument in arguments:
                 torch._dynamo.mark_dynamic(argument, 0)  # noqa: SLF001 - documented under this name
-        # The code that is chosen by trying belongs to these shapes only: other sizes would pay for trials.
-        with torch.backends.cudnn.flags(benchmark=True):
+        with _trying_convolutions():
             result: torch.Tensor = function(*arguments)
         return result
 
     return call
+
+
+@contextmanager
+def _trying_convolutions() -> Iterator[None]:
+    """Inside, cuDNN tries what it has for each new shape, and keeps to the fastest.
+
+    Only where the shapes are few: other sizes would pay for trials. (`cudnn.flags` would reset the other flags.)
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def fuse_projections(unet: UNet2DConditionModel) -> None:

@@ -32,7 +32,7 @@ MIN_AUTO_IMAGES = 4
 MEASURING_SECONDS = 20.0
 """After that no larger batches are tried."""
 
-KNEE = 0.95
+KNEE = 0.98
 """Share of the best throughput at which more images in a batch only delay one another."""
 
 ROWS_PER_IMAGE = 2
