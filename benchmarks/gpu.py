@@ -156,7 +156,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=_peers, help=f"some of {','.join(pieces.PEERS)}, or none")
     parser.add_argument("--max-seconds", type=float, help="everything ends by then; 560, with --tiny 115")
     parser.add_argument("--threads", type=int, default=num_cores(), help="threads of torch in each server on a CPU")
-    parser.add_argument("--compile-cache", type=Path, help="folder; a filled one spares the cold start; without, a temporary one")
+    parser.add_argument("--compile-cache", type=Path, help="folder; a filled one spares the cold start")
     parser.add_argument("--seed", type=int, default=1, help="of the requests and their arrivals")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU with a tiny checkpoint")
     arguments = parser.parse_args()

@@ -53,10 +53,13 @@ class Autoencoder:
     def capture(self, size: int) -> None:
         """Compile for pictures of size x size, and capture; takes a minute where nothing is cached.
 
+        Where `can_be_captured`, and the weights are laid out for it.
+
         Raises:
             torch.OutOfMemoryError: It does not fit.
         """
-        vae: AutoencoderKL = self._vae.to(memory_format=torch.channels_last)
+        vae = self._vae
+        assert isinstance(vae, AutoencoderKL)  # noqa: S101 - for the type checker: `can_be_captured` says so
         dtype, device = vae.dtype, vae.device
         picture = torch.zeros(1, 3, size, size, dtype=dtype, device=device)
         latents = vae.encode(picture).latent_dist.mean

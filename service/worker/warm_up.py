@@ -178,7 +178,7 @@ def _is_captured(pipeline: InpaintPipeline, settings: Settings) -> bool:
 def _speed_up(pipeline: InpaintPipeline, settings: Settings, on_stage: Callable[[str], None]) -> None:
     components = pipeline.components
     max_rows = ROWS_PER_IMAGE * (settings.max_images or MAX_AUTO_IMAGES)
-    pipeline.speed_up_unet()
+    pipeline.lay_out_for_speed()
     if components.attention.backend is None and settings.attention_slicing is None:
         on_stage("choosing what computes attention")
         with torch.inference_mode():
