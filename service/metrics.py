@@ -18,7 +18,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.messages import Ticked
+from service.messages import Ready, Ticked
 from service.request import InpaintResult
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
@@ -62,6 +62,10 @@ class Metrics:
         # Workers and their devices.
         self._worker_up = self._gauge("worker_up", "Whether the worker takes requests.", "worker")
         self._worker_restarts = self._counter("worker_restarts", "Times the worker was started again.", "worker")
+        self._max_images = self._gauge("max_images", "Images that may run at once.", "worker")
+        self._warm_up_step_seconds = self._gauge(
+            "warm_up_step_seconds", "Seconds of one step at the native size, measured at warm-up.", "worker", "rows"
+        )
         self._gpu_memory_bytes = self._gauge("gpu_memory_bytes", "Device memory.", "worker", "kind")
         self._gpu_busy_ratio = self._gauge("gpu_busy_ratio", "Share of time spent computing, 0 to 1.", "worker")
 
@@ -117,16 +121,23 @@ class Metrics:
         self._step_seconds.labels(_row_bucket(ticked.rows)).observe(ticked.step_seconds)
         self._batch_images.observe(ticked.images)
         self._batch_rows.observe(ticked.rows)
+        self._max_images.labels(worker).set(ticked.max_images)
         self._gpu_busy_ratio.labels(worker).set(ticked.busy_ratio)
         for kind, num_bytes in ticked.memory_bytes.items():
             self._gpu_memory_bytes.labels(worker, kind).set(num_bytes)
 
-    def worker_up(self, worker: str, is_up: bool) -> None:
-        """A worker became ready, or stopped being so."""
-        self._worker_up.labels(worker).set(is_up)
+    def worker_ready(self, worker: str, ready: Ready) -> None:
+        """A worker takes requests from now on."""
+        self._worker_up.labels(worker).set(1)
         self._worker_restarts.labels(worker)  # From the start a series of its own, at 0.
-        if not is_up:
-            self._gpu_busy_ratio.labels(worker).set(0)
+        self._max_images.labels(worker).set(ready.max_images)
+        for rows, seconds in ready.step_seconds.items():
+            self._warm_up_step_seconds.labels(worker, str(rows)).set(seconds)
+
+    def worker_lost(self, worker: str) -> None:
+        """A worker takes requests no more."""
+        self._worker_up.labels(worker).set(0)
+        self._gpu_busy_ratio.labels(worker).set(0)
 
     def worker_restarted(self, worker: str) -> None:
         """A worker's process was lost and is started again."""

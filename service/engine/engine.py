@@ -110,7 +110,7 @@ class Engine:
             spec = WorkerSpec(str(index), device, cpu_threads, self._settings, self._worker_target)
             worker = Worker(spec, self)
             self._workers.append(worker)
-            self._metrics.worker_up(worker.name, is_up=False)
+            self._metrics.worker_lost(worker.name)
             task = asyncio.create_task(worker.keep_alive(), name=f"keep-alive-{worker.name}")
             task.add_done_callback(self._on_keep_alive_done)
             self._keep_alives.append(task)
@@ -257,7 +257,7 @@ class Engine:
         """A worker has loaded."""
         if worker.ready is not None:
             self.model = self.model or worker.ready.model
-        self._metrics.worker_up(worker.name, is_up=True)
+            self._metrics.worker_ready(worker.name, worker.ready)
         self._first_ready.set()
         self._router.dispatch()
 
@@ -270,7 +270,7 @@ class Engine:
 
     def worker_lost(self, worker: Worker, load: Load) -> None:
         """A ready worker is gone."""
-        self._metrics.worker_up(worker.name, is_up=False)
+        self._metrics.worker_lost(worker.name)
         was_inspecting = self._inspections.worker_lost(worker)
         self._router.worker_lost(worker, load, are_suspect=not was_inspecting)
 

@@ -2,10 +2,13 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.messages import Ticked
+from service.messages import Ready, Ticked
 from service.metrics import LATENCY_BUCKETS, Metrics
 from service.request import InpaintResult, Timings
+from tests.fake_worker import MODEL
 from tests.process.support import pixels
+
+READY = Ready(MODEL, "cpu", "float32", max_images=8, step_seconds={2: 0.01, 4: 0.015}, load_seconds=1.0)
 
 
 def samples(metrics: Metrics) -> dict[str, dict[str, float]]:
@@ -26,7 +29,7 @@ def busy_metrics() -> Metrics:
     metrics.rejected("overloaded")
     metrics.cancelled("disconnect")
     metrics.failed("deadline")
-    metrics.worker_up("0", is_up=True)
+    metrics.worker_ready("0", READY)
     metrics.worker_restarted("0")
     metrics.watch(queue_depth=lambda: 3, in_flight=lambda: 2)
     metrics.observe_tick("0", Ticked(6, 3, 0.02, 4, 0.75, {"allocated": 5, "reserved": 7}, ()))
@@ -61,9 +64,21 @@ def test_every_metric_of_the_contract_is_there() -> None:
     assert found["inpaint_in_flight"] == {"": 2}
     assert found["inpaint_worker_up"] == {"worker=0": 1}
     assert found["inpaint_worker_restarts_total"] == {"worker=0": 1}
+    assert found["inpaint_warm_up_step_seconds"] == {"rows=2,worker=0": 0.01, "rows=4,worker=0": 0.015}
     assert found["inpaint_gpu_memory_bytes"] == {"kind=allocated,worker=0": 5, "kind=reserved,worker=0": 7}
     assert found["inpaint_gpu_busy_ratio"] == {"worker=0": 0.75}
     assert found["process_open_fds"][""] > 0
+
+
+def test_cap_on_running_images_is_the_latest() -> None:
+    """From warm-up at first, then what memory allows, and anew once a worker has started again."""
+    metrics = Metrics()
+    metrics.worker_ready("0", READY)
+    assert samples(metrics)["inpaint_max_images"] == {"worker=0": 8}
+    metrics.observe_tick("0", Ticked(6, 3, 0.02, 4, 0.75, {}, ()))
+    assert samples(metrics)["inpaint_max_images"] == {"worker=0": 4}
+    metrics.worker_ready("0", READY)
+    assert samples(metrics)["inpaint_max_images"] == {"worker=0": 8}
 
 
 def test_latency_buckets() -> None:
@@ -84,7 +99,7 @@ def test_gauges_are_read_at_the_scrape() -> None:
 def test_dead_worker_is_not_busy() -> None:
     """A worker that is down shows neither up nor busy."""
     metrics = busy_metrics()
-    metrics.worker_up("0", is_up=False)
+    metrics.worker_lost("0")
     assert samples(metrics)["inpaint_worker_up"] == {"worker=0": 0}
     assert samples(metrics)["inpaint_gpu_busy_ratio"] == {"worker=0": 0}
 
