@@ -1,7 +1,8 @@
 # inpaint-service for NVIDIA GPUs, or for a CPU:
 #
 #   docker build -t inpaint-service:cuda .
-#   docker build -t inpaint-service:cpu --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
+#   docker build -t inpaint-service:cpu --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu \
+#       --build-arg COMPILER_PACKAGES= .
 #
 # PyTorch's wheels bring every CUDA library they need, so a CUDA base image would only
 # carry them twice: a slim Python base is the leaner of the two. What the host adds is
@@ -41,6 +42,16 @@ LABEL org.opencontainers.image.title="inpaint-service" \
       org.opencontainers.image.description="Stable Diffusion inpainting over HTTP" \
       org.opencontainers.image.licenses="Apache-2.0"
 
+# What compiles the model for a GPU (Triton) builds its launchers with a C compiler.
+# On a CPU nothing is compiled: build with an empty COMPILER_PACKAGES.
+ARG COMPILER_PACKAGES="g++ libc6-dev"
+# hadolint ignore=DL3008,SC2086
+RUN if [ -n "${COMPILER_PACKAGES}" ]; then \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends ${COMPILER_PACKAGES} \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
+
 # Fixed ids, so that a volume keeps its owner from one image to the next.
 RUN groupadd --gid 10001 inpaint \
     && useradd --uid 10001 --gid inpaint --home-dir /cache --no-create-home --shell /usr/sbin/nologin inpaint \
@@ -54,10 +65,11 @@ COPY deploy/healthcheck.py /opt/healthcheck.py
 # Loopback inside a container is reachable by nobody; who may reach the port is for `-p` to say.
 ENV PATH=/opt/venv/bin:$PATH \
     HF_HOME=/cache/huggingface \
+    INPAINT_COMPILE_CACHE=/cache/compile \
     INPAINT_HOST=0.0.0.0 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-# Downloaded checkpoints, and the home of whatever else keeps a cache. The only writable folder besides /tmp.
+# Downloaded checkpoints, compiled code (/tmp may be mounted without leave to execute), and the home of whatever else keeps a cache. The only writable folder besides /tmp.
 VOLUME ["/cache"]
 USER 10001:10001
 WORKDIR /cache

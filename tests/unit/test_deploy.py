@@ -74,6 +74,11 @@ def the(keyword: str, instructions: list[Instruction]) -> Instruction:
     return found
 
 
+def arguments(instructions: list[Instruction]) -> dict[str, str]:
+    """Each ARG and its default, as written."""
+    return dict(one.rest.split("=", 1) for one in instructions if one.keyword == "ARG")
+
+
 def image_environment() -> dict[str, str]:
     """The ENV of the stage that ships."""
     pairs = [pair for one in final_stage() if one.keyword == "ENV" for pair in one.rest.split()]
@@ -113,13 +118,29 @@ def test_container_starts_the_command_line_program() -> None:
     assert the("STOPSIGNAL", stage).rest == "SIGTERM"
 
 
-def test_image_holds_no_build_tools() -> None:
-    """What ships installs no system packages and fetches nothing but the wheel that was built before."""
+def test_image_holds_only_what_it_needs() -> None:
+    """What ships fetches the wheel that was built before, and a C compiler, which compiling for a GPU takes."""
     for one in final_stage():
         assert one.keyword != "ADD"
         if one.keyword == "RUN":
-            assert not re.search(r"\b(apt|apt-get|curl|wget|gcc|git)\b", one.rest), one.rest
+            packages = re.findall(r"apt-get install [^&;]*", one.rest)
+            assert all(
+                words.split()[2:] == ["--yes", "--no-install-recommends", "${COMPILER_PACKAGES}"] for words in packages
+            )
+            assert not re.search(r"\b(apt(?!-get|/lists)|curl|wget|gcc|git)\b", one.rest), one.rest
             assert "pip" not in one.rest or "--no-deps" in one.rest, one.rest
+    assert arguments(final_stage()) == {"COMPILER_PACKAGES": '"g++ libc6-dev"'}
+
+
+def test_image_for_a_cpu_holds_no_compiler() -> None:
+    """Nothing is compiled there."""
+    assert COMPOSE["services"]["inpaint-cpu"]["build"]["args"]["COMPILER_PACKAGES"] == ""
+
+
+def test_compiled_code_is_kept_where_it_may_be_executed() -> None:
+    """In the volume, where the next start finds it: /tmp may be mounted without leave to execute."""
+    cache = Path(image_environment()[environment_variable("compile_cache")])
+    assert cache.is_relative_to(json.loads(the("VOLUME", final_stage()).rest)[0])
 
 
 def test_image_installs_the_pinned_versions() -> None:
@@ -127,7 +148,7 @@ def test_image_installs_the_pinned_versions() -> None:
     installs = [one.rest for one in dockerfile() if one.keyword == "RUN" and "-r requirements.txt" in one.rest]
     assert len(installs) == 1
     assert "-c constraints.txt" in installs[0]
-    assert the("ARG", dockerfile()).rest == 'TORCH_INDEX_URL=""'
+    assert arguments(dockerfile())["TORCH_INDEX_URL"] == '""'
 
 
 def test_image_listens_where_it_says() -> None:
