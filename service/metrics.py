@@ -41,7 +41,7 @@ class Metrics:
         self._request_seconds = self._latency("request_seconds", "Seconds from request to answer.", "endpoint")
 
         # The life of an admitted request.
-        self._queue_seconds = self._latency("queue_seconds", "Seconds from admission to the start of prepare.")
+        self._queue_seconds = self._latency("queue_seconds", "Seconds of one request's waiting after admission.")
         self._stage_seconds = self._latency("stage_seconds", "Seconds of one request in a stage.", "stage")
         self._first_step_seconds = self._latency(
             "time_to_first_step_seconds", "Seconds from admission to the end of the first step."

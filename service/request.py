@@ -187,10 +187,12 @@ class InpaintRequest:
 class Timings:
     """Seconds that one request spent in each stage of the worker.
 
+    On CUDA the host runs ahead of the device: `denoise` may end, and `vae_decode` begin, some milliseconds early.
+
     Attributes:
-        queue: From admission to the start of `prepare`.
+        queue: All waiting: from admission to the start of `prepare`, for a place in the running batch, for the decoder.
         prepare: Text encoding, VAE encoding, noise.
-        denoise: From the end of `prepare` to the last step.
+        denoise: From joining the running batch to the last step.
         vae_decode: Latents to pixels.
         safety: The safety checker.
         time_to_first_step: From admission to the end of the first step.

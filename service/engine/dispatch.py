@@ -50,8 +50,13 @@ class Load:
         return sum(entry.handle.num_images for entry in self._in_flight.values())
 
     @property
-    def max_images_in_flight(self) -> int:
-        """A few more than may run: the next request already waits in the worker when a place becomes free."""
+    def num_undenoised_images(self) -> int:
+        """Images that take a place in the running batch, or will; the others are being decoded."""
+        return sum(entry.handle.num_images for entry in self._in_flight.values() if entry.remaining_calls > 0)
+
+    @property
+    def max_undenoised_images(self) -> int:
+        """A few more than may run: the next request is already prepared when a place becomes free."""
         return self.max_images + max(1, self.max_images // 4)
 
     @property
@@ -72,7 +77,13 @@ class Load:
 
     def has_room(self, num_images: int) -> bool:
         """Whether so many images may be sent; an idle worker takes any number."""
-        return not self._in_flight or self.num_images + num_images <= self.max_images_in_flight
+        if not self._in_flight:
+            return True
+        # Where decoding falls behind, no more is sent either.
+        return (
+            self.num_undenoised_images + num_images <= self.max_undenoised_images
+            and self.num_images + num_images <= self.max_undenoised_images + self.max_images
+        )
 
     def has(self, handle: Handle) -> bool:
         """Whether the request is in the worker."""

@@ -102,6 +102,8 @@ class Router:
                 load.ticked(report)
                 for progress in report.progress:
                     _advance(load, progress)
+                if any(progress.step >= progress.steps for progress in report.progress):
+                    self.dispatch()  # Their places are free, though they have no answer yet.
             case Finished(key, result):
                 self._on_answer(load, key, result)
             case Failed(key, code, message, field):

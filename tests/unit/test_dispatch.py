@@ -30,9 +30,9 @@ def ticked(*progress: StepProgress, step_seconds: float, max_images: int = 4) ->
 def test_room_sinks_with_a_cap_that_the_worker_lowered() -> None:
     """A worker that ran out of memory is sent no more than it still takes."""
     load = load_of(max_images=8)
-    assert load.max_images_in_flight == 10
+    assert load.max_undenoised_images == 10
     load.ticked(ticked(step_seconds=0.1, max_images=2))
-    assert (load.max_images, load.max_images_in_flight) == (2, 3)
+    assert (load.max_images, load.max_undenoised_images) == (2, 3)
 
 
 @pytest.mark.parametrize(("max_images", "in_flight"), [(1, 2), (4, 5), (8, 10)])
@@ -44,6 +44,28 @@ def test_room_for_the_batch_and_the_next(max_images: int, in_flight: int) -> Non
         load.add(Admitted(str(number)))
     assert not load.has_room(1)
     assert load.num_images == in_flight
+
+
+def test_room_when_the_last_step_is_done() -> None:
+    """A place is free when its request leaves the running batch, before its pictures are decoded."""
+    load = load_of(Admitted("a"), Admitted("b"), Admitted("c"), max_images=2)
+    assert not load.has_room(1)
+    load.progress(StepProgress("a", 4, 4))
+    assert load.has_room(1)
+    assert not load.has_room(2)
+
+
+def test_no_room_where_decoding_falls_behind() -> None:
+    """Requests that only have to be decoded do not pile up without bound."""
+    load = load_of(max_images=2)
+    num_sent = 0
+    while load.has_room(1):
+        load.add(Admitted(str(num_sent)))
+        load.progress(StepProgress(str(num_sent), 4, 4))
+        num_sent += 1
+    assert num_sent == 5
+    load.remove("0")
+    assert load.has_room(1)
 
 
 def test_idle_worker_takes_any_request() -> None:
