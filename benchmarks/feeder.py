@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.traffic import Job, Mix, Wish, fulfil
-from service.messages import Drain, Failed, Finished, Submit
+from service.messages import Drain, Failed, Submit, Ticked
 from service.request import InpaintParams, InpaintRequest, Pixels
 
 NUM_REQUESTS = 64
@@ -29,7 +29,7 @@ class Load:
     """What to send.
 
     Attributes:
-        in_flight: Requests that are not answered yet, of one image each.
+        in_flight: Requests that are not denoised yet, of one image each.
         size: Side of the pictures in pixels.
         steps: Of every request but the first ones.
         seed: The same seed gives the same requests.
@@ -54,7 +54,7 @@ def requests_of(load: Load) -> Iterator[InpaintRequest]:
 
 
 def feed(connection: Connection, load: Load, is_over: Event) -> None:
-    """Send a request whenever one is answered, until it is over; then let the worker end. A process of its own.
+    """Send a request whenever one is denoised, until it is over; then let the worker end. A process of its own.
 
     Args:
         connection: The service's end of the pipe.
@@ -83,10 +83,12 @@ def _read(connection: Connection, free: threading.Semaphore, failures: list[Fail
     with suppress(EOFError, OSError):
         while True:
             report = connection.recv()
-            if isinstance(report, Failed):
-                failures.append(report)
-            if isinstance(report, Finished | Failed):
-                free.release()
+            match report:
+                case Failed():
+                    failures.append(report)
+                case Ticked(progress=progress):  # As the service: a place is free with a request's last step.
+                    for _ in [one for one in progress if one.step >= one.steps]:
+                        free.release()
 
 
 def _request(job: Job) -> InpaintRequest:
