@@ -10,6 +10,9 @@ from benchmarks.timeline import LONG_GAP_MS
 NAME_WIDTH = 100
 """Characters of a kernel's name that a table shows."""
 
+NUM_COSTLIEST = 15
+"""Kernels that a table lists; the JSON has more."""
+
 READING = (
     "A worker as the service starts it, kept saturated, its loop under a profiler. Busy is the time with at least one "
     "of its {unit} running, idle what lies between two of them; what overlaps counts in full for each part, so that "
@@ -52,7 +55,7 @@ def ticks_tables(document: Document) -> str:
     lengths = ["p50_ms", "p95_ms", "max_ms"]
     costliest = [
         [f"`{_cell(cost['name'])}`", str(cost["count"]), _ms(cost["total_ms"]), _share(cost)]
-        for cost in device["costliest"]
+        for cost in device["costliest"][:NUM_COSTLIEST]
     ]
     return "\n\n".join(
         [

@@ -218,7 +218,7 @@ def operator_part(name: str) -> str:
     return _part(name.rpartition("::")[2].lower(), _OPERATORS)
 
 
-def timeline_of(intervals: Sequence[Interval], part_of: Callable[[str], str], num_costliest: int = 15) -> Timeline:
+def timeline_of(intervals: Sequence[Interval], part_of: Callable[[str], str], num_costliest: int = 60) -> Timeline:
     """Where the time went.
 
     Args:
