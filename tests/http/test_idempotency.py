@@ -282,6 +282,19 @@ def test_what_nobody_waits_for_ends_with_its_deadline(tmp_path: Path) -> None:
         assert painted(server) == 1
 
 
+def test_what_nobody_waits_for_holds_up_no_shutdown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that stops gives such work its drain time like any other, then ends it, and itself, in good order."""
+    with serving(model=f"fake?gate={tmp_path / 'gate'}", drain_timeout=0.3) as server:
+        connection = send_held(server, "k")
+        eventually(lambda: server.metric("inpaint_in_flight") == 1)
+        connection.close()
+        eventually(lambda: server.metric('inpaint_requests_total{code="499",endpoint="/v1/inpaint"}') == 1)
+
+    assert not server.state.unfinished
+    assert server.state.kept_answers.num_claimed == 0
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
 def test_hanging_up_during_the_upload_starts_nothing(server: LiveServer) -> None:
     """A keyed request counts from when its body is there: one that broke off is free to be sent anew."""
     sample = 'inpaint_requests_total{code="499",endpoint="/v1/inpaint"}'
