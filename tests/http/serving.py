@@ -41,16 +41,16 @@ class LiveServer:
     Attributes:
         port: Where it listens, on 127.0.0.1.
         engine: Its engine; only touched on its loop.
-        state: What its routes work with; the same.
         loop: Its event loop.
         client: An httpx client of it.
+        state: What its routes work with, where it runs in this process.
     """
 
     port: int
     engine: Engine
-    state: ServiceState
     loop: asyncio.AbstractEventLoop
     client: httpx.Client
+    state: ServiceState | None = None
 
     def inpaint(self, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
         """Post the usual picture; `fields` are added, replaced, or left out where None."""
@@ -95,7 +95,7 @@ def serving(*, wait_ready: bool = True, **overrides: Any) -> Iterator[LiveServer
         raise box["error"]
     client = httpx.Client(base_url=f"http://127.0.0.1:{box['port']}", timeout=20, trust_env=False)
     try:
-        yield LiveServer(box["port"], box["engine"], box["state"], box["loop"], client)
+        yield LiveServer(box["port"], box["engine"], box["loop"], client, box["state"])
     finally:
         client.close()
         box["loop"].call_soon_threadsafe(setattr, box["server"], "should_exit", True)
