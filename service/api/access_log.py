@@ -71,6 +71,8 @@ class AccessLog:
             "status": status,
             "seconds": round(seconds, 4),
         }
+        if record.client.name is not None:
+            fields["client"] = record.client.name
         if record.code is not None:
             fields["code"] = record.code
         fields.update({f"{stage}_seconds": round(spent, 4) for stage, spent in record.stages.items()})

@@ -111,8 +111,9 @@ async def _admit(request: Request, state: ServiceState, started_at: float) -> _A
     """Everything up to admission, in the order in which it can fail for the least cost."""
     accept = ", ".join(request.headers.getlist("Accept"))
     choose_media_type(accept, _OFFERS)  # Nobody uploads megabytes for a 406.
-    state.engine.check_room()
-    with state.intake.place():
+    client = record_of(request.scope).client
+    state.engine.check_room(client)
+    with state.intake.place(client):
         parts = await read_parts(request.headers.get("Content-Type", ""), request.stream())
         model = state.model
         prepared = await state.in_thread(lambda: _prepare(parts, accept, state, model))
@@ -158,6 +159,7 @@ def _submit(
     has_image = canvas.ip_adapter_image is not None
     ip_adapter = ip_adapter_use(fields.ip_adapter_scale, model.ip_adapter, embeds, has_image=has_image)
     params = fields.params(model, canvas.fitted.placement.working, random_seed, prepared.loras, ip_adapter)
+    record = record_of(request.scope)
     handle = state.engine.submit(
         params,
         canvas.fitted.image,
@@ -165,7 +167,8 @@ def _submit(
         tensors=canvas.tensors,
         ip_adapter_image=canvas.ip_adapter_image,
         timeout_seconds=fields.timeout,
-        request_id=record_of(request.scope).request_id,
+        request_id=record.request_id,
+        client=record.client,
     )
     return _Admitted(request, state, prepared.media_type, fields, params, canvas, handle, started_at)
 
