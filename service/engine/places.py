@@ -11,7 +11,7 @@ class Places:
     A client that meets taken places only is still let in while it has fewer than an equal share of them: the number
     of places divided by the clients that have any, itself included, and at least one. So one client may use all
     places while nobody else wants them, and is the first to be refused when others do. Nobody is thrown out for it:
-    k clients take at most (1 + 1/2 + … + 1/k) times the number of places.
+    of n places, k clients take at most n + n/2 + … + n/k, each term at least 1.
 
     Args:
         num_places: How many there are.
