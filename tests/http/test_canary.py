@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ def traces(text: str) -> list[str]:
     """Where the mark is in a text: as it is, reversed case, in hexadecimal or in base64; and hashes of keys."""
     raw = MARK.encode()
     forms = [MARK, raw.hex()]
-    for offset in range(3):  # base64 has three forms, by where the word begins.
+    for offset in range(3):  # base64 has three forms, by where the word begins; of each what its letters alone decide.
         encoded = base64.b64encode(bytes(offset) + raw).decode()
-        forms.append(encoded[4 if offset else 0 : len(encoded) // 4 * 4 - 4])
+        forms.append(encoded[ceil(offset * 8 / 6) : (offset + len(raw)) * 8 // 6])
     forms += [hashlib.sha256(key.encode()).hexdigest() for key in (CLIENT, ADMIN, HASHED)]
     patterns = [re.compile(re.escape(one), re.IGNORECASE if one.isalnum() and one.islower() else 0) for one in forms]
     return [text[max(0, found.start() - 80) : found.end() + 40] for one in patterns for found in one.finditer(text)]
@@ -229,8 +230,8 @@ def send_bad(sender: Sender) -> None:
 def send_refused(sender: Sender) -> None:
     """Requests that are refused for who sends them, or for what they ask for."""
     assert sender.inpaint(key=f"{MARK}-wrong-key") == 401
-    assert sender.send("GET", "/v1/models", headers={"Authorization": f"Basic {MARK}"}) == 401
-    assert sender.send("GET", "/v1/models", key="", headers={"X-API-Key": f"{MARK}-wrong"}) == 401
+    other = {"Authorization": f"Basic {MARK}", "X-API-Key": f"{MARK}-wrong"}
+    assert sender.send("GET", "/v1/models", headers=other) == 401
     assert sender.inpaint({"Origin": f"https://{MARK}.example"}) == 403
     assert sender.send("DELETE", f"/v1/adapters/{MARK}") == 403
     assert sender.send("DELETE", f"/v1/adapters/{MARK}", key=ADMIN) == 404

@@ -1,8 +1,8 @@
 """Clients told apart by their keys: what they may read, how they share the service, what the log calls them."""
 
 import asyncio
-import json
 import logging
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,11 +128,11 @@ def send(server: LiveServer, key: str, prompt: bytes, *lines: str) -> socket.soc
 def queued_position(connection: socket.socket) -> int:
     """The place that the first event of a stream shows."""
     data = b""
-    while b"event: queued\ndata: " not in data or not data.endswith(b"\n\n"):
+    while (shown := re.search(rb'"position": (\d+)', data)) is None:
         received = connection.recv(65536)
         assert received, f"closed after {data!r}"
-        data += received.split(b"\r\n")[-2] if b"\r\n" in received and b"event: " in received else b""
-    return int(json.loads(data.partition(b"data: ")[2])["position"])
+        data += received
+    return int(shown[1])
 
 
 @pytest.fixture
@@ -149,8 +149,9 @@ def fill(server: LiveServer) -> list[socket.socket]:
     held = []
     for count in range(1, 5):
         held.append(send(server, GREEDY, b"hold"))
-        in_all = ("inpaint_in_flight", "inpaint_queue_depth")
-        eventually(lambda count=count: sum(server.metric(name) for name in in_all) == count)
+        eventually(
+            lambda count=count: server.metric("inpaint_in_flight") + server.metric("inpaint_queue_depth") == count
+        )
     return held
 
 
