@@ -5,15 +5,19 @@ logged (Pillow logs the metadata of pictures, for one), and of exceptions not
 the message, which may echo a value, but where and of what kind they are.
 """
 
+import asyncio
 import json
 import logging
 import sys
 import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 from service.errors import InpaintError, StartupError
 from service.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # The parent of all loggers here.
 _OURS = "service"
@@ -32,6 +36,15 @@ def configure_logging(settings: Settings) -> None:
     logging.getLogger(_OURS).setLevel(level)
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(level)
+
+
+def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What an event loop has to report. Its own handler would write out tasks, callbacks and their arguments."""
+    error = context.get("exception")
+    if isinstance(error, BaseException):
+        logger.error("an exception that nobody waited for", exc_info=error)
+    else:
+        logger.error("event loop: %s", context["message"])
 
 
 class TextFormatter(logging.Formatter):

@@ -1,5 +1,7 @@
 """What log lines look like, and what is kept out of them."""
 
+import asyncio
+import gc
 import io
 import json
 import logging
@@ -8,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from service.errors import ErrorCode, InpaintError
-from service.logs import configure_logging
+from service.logs import configure_logging, log_loop_error
 from service.settings import load_settings
 
 CANARY = "canary-in-a-prompt"
@@ -93,6 +95,28 @@ def test_level_is_that_of_the_settings() -> None:
     logging.getLogger("PIL").warning("no")
     logging.getLogger("service.test").error("yes")
     assert [line.split()[2] for line in written.getvalue().splitlines()] == ["yes"]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_event_loop_reports_without_values(log_format: str) -> None:
+    """A task whose failure nobody waits for, and a callback that fails, are logged, but not what they were given."""
+    written = logging_to(log_format)
+
+    async def fail(prompt: str) -> None:
+        raise ValueError(prompt)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(log_loop_error)
+        loop.call_soon(int, CANARY)
+        task = asyncio.create_task(fail(CANARY), name=CANARY)
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+
+    asyncio.run(main())
+    assert written.getvalue().count("an exception that nobody waited for") == 2
+    assert CANARY not in written.getvalue()
 
 
 def test_exception_chain_that_bites_its_tail_ends() -> None:
