@@ -127,7 +127,6 @@ HEADERS = {
     "Referer": f"https://{MARK}.example/referer",
     "X-Forwarded-For": f"{MARK}-address",
     "X-Request-Id": f"{MARK} with spaces",
-    "Idempotency-Key": f"{MARK}-idempotency",
     "X-Unknown": f"{MARK}-header",
     f"X-{MARK}": "name",
 }
@@ -152,7 +151,8 @@ class Sender:
 
     def send(self, method: str = "POST", path: str = "/v1/inpaint", key: str = CLIENT, **options: Any) -> int:
         """Any request."""
-        headers = {"Authorization": f"Bearer {key}", **HEADERS, **options.pop("headers", {})}
+        own = {"Authorization": f"Bearer {key}", "Idempotency-Key": f"{MARK}-idempotency-{len(self.statuses)}"}
+        headers = {**own, **HEADERS, **options.pop("headers", {})}
         response = self.live.client.request(method, path, headers=headers, **options)
         self.note(response.status_code, response.headers, response.content)
         return response.status_code

@@ -96,6 +96,9 @@ def pixels(number: int) -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
+_PIXELS = pixels(0)
+
+
 @asynccontextmanager
 async def running(
     model: dict[str, object] | None = None, *, wait_for: int | None = None, **settings: Any
@@ -156,7 +159,7 @@ class Admitted(Handle):
         admitted_at = time.monotonic() - age_seconds
         params = dataclasses.replace(PARAMS, num_images_per_prompt=num_images)
         self.key = self.request_id = key
-        self.request = InpaintRequest(params, *pixels(0), admitted_at=admitted_at, deadline=admitted_at + 60)
+        self.request = InpaintRequest(params, *_PIXELS, admitted_at=admitted_at, deadline=admitted_at + 60)
         self.num_losses = num_losses
         self.client = client
 

@@ -161,7 +161,7 @@ def test_priority_goes_first() -> None:
     assert owners(queue, 1) == [VIP]
 
 
-@given(st.lists(st.integers(1, 8), min_size=60, max_size=100), st.lists(st.integers(1, 8), min_size=15, max_size=40))
+@given(st.lists(st.integers(1, 8), min_size=20, max_size=40), st.lists(st.integers(1, 8), min_size=6, max_size=12))
 def test_priority_does_not_starve_the_rest(urgent: list[int], ordinary: list[int]) -> None:
     """While both wait, priority keys are given four times the work of all others, to within a request of each."""
     queue = WaitingQueue(1000)
