@@ -26,6 +26,7 @@ class ErrorCode(StrEnum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     NOT_ACCEPTABLE = "not_acceptable"
     REQUEST_TIMEOUT = "request_timeout"
+    IN_PROGRESS = "in_progress"
     BODY_TOO_LARGE = "body_too_large"
     UNSUPPORTED_MEDIA = "unsupported_media"
     HEADERS_TOO_LARGE = "headers_too_large"
@@ -40,6 +41,7 @@ class ErrorCode(StrEnum):
     UNKNOWN_SCHEDULER = "unknown_scheduler"
     UNKNOWN_LORA = "unknown_lora"
     INVALID_LORA = "invalid_lora"
+    KEY_REUSE = "key_reuse"
     # What the service could not do, now or at all.
     OVERLOADED = "overloaded"
     NOT_READY = "not_ready"

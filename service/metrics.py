@@ -49,6 +49,7 @@ class Metrics:
         self._images = self._counter("images", "Images painted.")
         self._nsfw_flagged = self._counter("nsfw_flagged", "Images that the safety checker flagged.")
         self._rejected = self._counter("rejected", "Requests refused before admission.", "reason")
+        self._replayed = self._counter("replayed", "Answers given again to a repeated Idempotency-Key.")
         self._cancelled = self._counter("cancelled", "Admitted requests that were cancelled.", "reason")
         self._failed = self._counter("failed", "Admitted requests that ended in an error.", "reason")
         self._queue_depth = self._gauge("queue_depth", "Admitted requests that wait for a worker.")
@@ -85,6 +86,10 @@ class Metrics:
     def observe_stage(self, stage: Stage, seconds: float) -> None:
         """One request spent `seconds` in a stage; the worker's stages come with `observe_result`."""
         self._stage_seconds.labels(stage).observe(seconds)
+
+    def replayed(self) -> None:
+        """A repeated request got the first one's answer."""
+        self._replayed.inc()
 
     def render(self) -> tuple[bytes, str]:
         """The exposition's body and content type."""

@@ -143,6 +143,10 @@ class Settings(BaseModel):
     )
     max_body_mib: float = Field(25.0, gt=0, description="Largest request body in MiB.")
     max_pixels: int = Field(16_777_216, ge=4096, description="Largest picture, height times width.")
+    idempotency_ttl: float = Field(
+        3600.0, gt=0, description="Seconds that the answer to a request with an Idempotency-Key is kept."
+    )
+    idempotency_mib: float = Field(256.0, ge=0, description="Memory in MiB for such answers; the oldest make room.")
 
     # Logs.
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level to log.")
@@ -154,6 +158,11 @@ class Settings(BaseModel):
     def max_body_bytes(self) -> int:
         """`max_body_mib` in bytes."""
         return int(self.max_body_mib * 1024 * 1024)
+
+    @property
+    def idempotency_bytes(self) -> int:
+        """`idempotency_mib` in bytes."""
+        return int(self.idempotency_mib * 1024 * 1024)
 
     @property
     def max_adapter_bytes(self) -> int:

@@ -78,6 +78,8 @@ class AccessLog:
             fields["client"] = record.client.name
         if record.code is not None:
             fields["code"] = record.code
+        if record.replay_of is not None:
+            fields["replay_of"] = record.replay_of
         fields.update({f"{stage}_seconds": round(spent, 4) for stage, spent in record.stages.items()})
         if record.mean_images is not None:
             fields["mean_images"] = round(record.mean_images, 2)

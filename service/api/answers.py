@@ -1,4 +1,4 @@
-"""The shapes of an answer: one image's bytes with headers, or JSON."""
+"""The shapes of an answer: one image's bytes with headers, JSON, or the last of some events."""
 
 import base64
 import time
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from starlette.responses import Response
 
 from service.api.fields import InpaintFields
+from service.api.kept_answers import Answer
 from service.api.pictures import ImageFile
 from service.api.schemas import (
     BatchShare,
@@ -20,6 +21,7 @@ from service.request import InpaintParams, InpaintResult
 
 JSON_MEDIA_TYPE = "application/json"
 EVENT_STREAM_MEDIA_TYPE = "text/event-stream"
+EVENT_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def stage_timings(result: InpaintResult, render_seconds: float, total_seconds: f
     )
 
 
-def image_response(painted: Painted) -> Response:
+def image_answer(painted: Painted) -> Answer:
     """The bytes of the only image; what else there is to say, in headers."""
     file = painted.files[0]
     headers = {
@@ -69,11 +71,37 @@ def image_response(painted: Painted) -> Response:
         "X-NSFW-Content-Detected": "true" if file.is_flagged else "false",
         "Server-Timing": _server_timing(painted.timings.model_dump()),
     }
-    return Response(file.data, headers=headers, media_type=file.media_type)
+    return Answer(painted.request_id, file.media_type, headers, file.data)
 
 
-def json_text(painted: Painted) -> str:
+def json_answer(painted: Painted) -> Answer:
     """The answer as JSON. Encoding megabytes takes a while: not for the event loop."""
+    headers = {"Server-Timing": _server_timing(painted.timings.model_dump())}
+    return Answer(painted.request_id, JSON_MEDIA_TYPE, headers, _json(painted).encode())
+
+
+def events_answer(painted: Painted) -> Answer:
+    """The JSON as the event that ends a stream. Not for the event loop, either."""
+    event = event_text("completed", _json(painted)).encode()
+    return Answer(painted.request_id, EVENT_STREAM_MEDIA_TYPE, EVENT_STREAM_HEADERS, event)
+
+
+def event_text(name: str, data: str) -> str:
+    """A server-sent event; its data is one line."""
+    return f"event: {name}\ndata: {data}\n\n"
+
+
+def response_of(answer: Answer, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer, to be sent whole.
+
+    Args:
+        answer: What to send.
+        headers: Further headers.
+    """
+    return Response(answer.body, headers={**answer.headers, **(headers or {})}, media_type=answer.media_type)
+
+
+def _json(painted: Painted) -> str:
     answer = InpaintAnswer(
         id=painted.request_id,
         created=int(time.time()),
@@ -94,12 +122,6 @@ def json_text(painted: Painted) -> str:
         batch=BatchShare(mean_images=painted.result.mean_images),
     )
     return answer.model_dump_json()
-
-
-def json_response(text: str, timings: StageTimings) -> Response:
-    """The answer as JSON, already encoded."""
-    headers = {"Server-Timing": _server_timing(timings.model_dump())}
-    return Response(text, headers=headers, media_type=JSON_MEDIA_TYPE)
 
 
 def _server_timing(seconds: Mapping[str, float]) -> str:

@@ -1,5 +1,6 @@
 """The application: routes, middleware, error answers, and the engine's life around them."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from service.api import adapters, docs, inpaint, ops
 from service.api.access_log import AccessLog
 from service.api.docs import OPENAPI_PATH
 from service.api.gate import Gate
+from service.api.kept_answers import KeptAnswers
 from service.api.keys import load_keys
 from service.api.openapi import TITLE, openapi_document
 from service.api.problems import on_http_exception, on_inpaint_error, on_validation_error
@@ -26,6 +28,8 @@ from service.settings import Settings
 
 MAX_PICTURE_THREADS = 8
 MAX_ADAPTER_UPLOADS = 4
+
+_SWEEP_SECONDS = 30.0
 
 
 def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
@@ -62,6 +66,7 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         executor=ThreadPoolExecutor(min(MAX_PICTURE_THREADS, usable_cores() + 1), thread_name_prefix="pictures"),
         intake=Intake(settings.queue_size, metrics),
         uploads=Intake(MAX_ADAPTER_UPLOADS, metrics),
+        kept_answers=KeptAnswers(settings.idempotency_bytes, settings.idempotency_ttl),
         created=int(time.time()),
     )
     inpaint.add_routes(app)
@@ -89,10 +94,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Workers load while the first requests already get answers (503) and health is reported."""
     state = app.state.service
     await state.engine.start()
+    sweep = asyncio.create_task(_drop_expired(state.kept_answers))
     try:
         yield
     finally:
+        sweep.cancel()
         if not state.engine.is_draining:
             await state.engine.drain(state.settings.drain_timeout)
         await state.engine.stop()
         state.executor.shutdown(wait=False, cancel_futures=True)
+
+
+async def _drop_expired(answers: KeptAnswers) -> None:
+    """Pictures that are too old leave the memory even where no request comes."""
+    while True:
+        await asyncio.sleep(_SWEEP_SECONDS)
+        answers.drop_expired()

@@ -55,6 +55,12 @@ def _page(document: dict[str, Any]) -> Iterator[str]:
 
 def _operation(method: str, path: str, operation: dict[str, Any]) -> Iterator[str]:
     yield f"<h2><code>{escape(method.upper())} {escape(path)}</code></h2><p>{_text(operation.get('summary', ''))}.</p>"
+    if "parameters" in operation:
+        yield "<h3>Parameters</h3><table><tr><th>name<th>in<th>type<th>meaning"
+        for parameter in operation["parameters"]:
+            yield f"<tr><td><code>{escape(parameter['name'])}</code><td>{escape(parameter['in'])}"
+            yield f"<td>{_type(parameter['schema'])}<td>{_text(parameter.get('description', ''))}"
+        yield "</table>"
     for media_type, body in operation.get("requestBody", {}).get("content", {}).items():
         yield f"<h3>Send <code>{escape(media_type)}</code></h3>"
         yield "<table><tr><th>field<th>type<th>default<th>meaning"

@@ -8,17 +8,18 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
+from service.api.answers import event_text
 from service.api.pictures import PREVIEW_FORMAT
 from service.api.problems import internal_error, problem_body
+from service.api.work import Work
 from service.engine.engine import Handle
 from service.errors import InpaintError
 from service.imaging import MEDIA_TYPES
 from service.messages import StepProgress
-from service.request import InpaintResult, Pixels
+from service.request import Pixels
 
 logger = logging.getLogger(__name__)
 
-_Finish = Callable[[InpaintResult], Awaitable[str]]
 _Preview = Callable[[Pixels], Awaitable[bytes]]
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -28,18 +29,18 @@ _KEEP_ALIVE = ": waiting\n\n"
 
 
 async def inpaint_events(
-    handle: Handle, finish: _Finish, preview: _Preview, on_failed: Callable[[InpaintError], None]
-) -> AsyncIterator[str]:
-    """The events of one admitted request. When the reader goes away, the request is cancelled.
+    work: Work, preview: _Preview, on_failed: Callable[[InpaintError], None]
+) -> AsyncIterator[str | bytes]:
+    """The events of one admitted request. When the reader goes away, the work is told.
 
     Args:
-        handle: The request.
-        finish: Makes the JSON of the answer from the result.
+        work: The request; its answer is the last event.
         preview: Encodes an unfinished picture.
         on_failed: Told of an error before its event is sent.
     """
+    handle = work.handle
     try:
-        yield _event("queued", json.dumps({"position": handle.position or 0}))
+        yield event_text("queued", json.dumps({"position": handle.position or 0}))
         pace, shown = _Pace(), None
         async with aclosing(_with_keep_alive(handle.progress())) as steps:
             async for progress in steps:
@@ -54,8 +55,8 @@ async def inpaint_events(
                 if progress.preview is not None and progress.preview is not shown:
                     shown = progress.preview
                     data["preview"] = _preview_json(await preview(shown))
-                yield _event("progress", json.dumps(data))
-        yield _event("completed", await finish(await handle.result()))
+                yield event_text("progress", json.dumps(data))
+        yield (await work.answer()).body
     except InpaintError as error:
         on_failed(error)
         yield _failed(error, handle)
@@ -65,7 +66,7 @@ async def inpaint_events(
         on_failed(unexpected)
         yield _failed(unexpected, handle)
     finally:
-        handle.cancel("disconnect")  # Of no effect once there is an outcome.
+        work.client_left()
 
 
 async def _with_keep_alive(progress: AsyncIterator[StepProgress]) -> AsyncGenerator[StepProgress | None]:
@@ -115,8 +116,4 @@ class _Pace:
 
 
 def _failed(error: InpaintError, handle: Handle) -> str:
-    return _event("failed", json.dumps(problem_body(error, handle.request_id), ensure_ascii=False))
-
-
-def _event(name: str, data: str) -> str:
-    return f"event: {name}\ndata: {data}\n\n"
+    return event_text("failed", json.dumps(problem_body(error, handle.request_id), ensure_ascii=False))

@@ -34,7 +34,10 @@ ADAPTERS_PATH = "/v1/adapters"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _CORS_METHODS = "GET, POST, PUT, DELETE"
 _CORS_HEADERS = "Authorization, Content-Type, Idempotency-Key, Prefer, X-API-Key, X-Request-Id"
-_CORS_EXPOSED = "Retry-After, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, X-Should-Retry"
+_CORS_EXPOSED = (
+    "Idempotent-Replayed, Original-Request, Retry-After, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, "
+    "X-Should-Retry"
+)
 _CORS_MAX_AGE_SECONDS = 600
 
 

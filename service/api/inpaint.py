@@ -1,38 +1,42 @@
 """`POST /v1/inpaint`: parse, prepare, submit, wait, render."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from secrets import randbelow
 
 from fastapi import FastAPI
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from service.api.accept import choose_media_type
 from service.api.answers import (
+    EVENT_STREAM_HEADERS,
     EVENT_STREAM_MEDIA_TYPE,
     JSON_MEDIA_TYPE,
     Painted,
-    image_response,
-    json_response,
-    json_text,
+    events_answer,
+    image_answer,
+    json_answer,
+    response_of,
     stage_timings,
 )
 from service.api.events import inpaint_events
 from service.api.field_types import MAX_SEED
 from service.api.fields import InpaintFields
 from service.api.forms import InpaintForm, read_form
+from service.api.idempotency import form_digest, request_name
 from service.api.ip_adapter import ip_adapter_use
+from service.api.kept_answers import Answer, Claim
 from service.api.loras import resolve_loras
 from service.api.multipart import Part, read_parts
 from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES
 from service.api.pictures import Canvas, prepare_canvas, preview_file, render
 from service.api.problems import Fault, InvalidRequest
-from service.api.records import record_of
+from service.api.records import RequestRecord, record_of
 from service.api.state import ServiceState, state_of
 from service.api.tensors import TENSORS
+from service.api.work import Work
 from service.engine.engine import Handle
 from service.errors import ErrorCode, InpaintError
 from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, OutputFormat, media_type
@@ -67,13 +71,14 @@ class _Prepared:
 class _Admitted:
     """An admitted request and what is needed to answer it; its uploaded files are not kept."""
 
-    request: Request
+    record: RequestRecord
     state: ServiceState
     media_type: str
     fields: InpaintFields
     params: InpaintParams
     canvas: Canvas
     handle: Handle
+    claim: Claim | None
     started_at: float
 
 
@@ -93,31 +98,56 @@ def add_routes(app: FastAPI) -> None:
 
 async def inpaint(request: Request) -> Response:
     """Send a picture, a mask and a prompt; get the picture back with the masked part repainted."""
-    admitted = await _admit(request, state_of(request), time.monotonic())
-    if admitted.media_type == EVENT_STREAM_MEDIA_TYPE:
-        return StreamingResponse(
-            _events(admitted),
-            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-            media_type=EVENT_STREAM_MEDIA_TYPE,
-        )
-    result = await _result_unless_gone(request, admitted.handle)
-    painted = await _render(admitted, result)
-    if admitted.media_type == JSON_MEDIA_TYPE:
-        return json_response(await admitted.state.in_thread(lambda: json_text(painted)), painted.timings)
-    return image_response(painted)
-
-
-async def _admit(request: Request, state: ServiceState, started_at: float) -> _Admitted:
-    """Everything up to admission, in the order in which it can fail for the least cost."""
     accept = ", ".join(request.headers.getlist("Accept"))
+    admitted = await _admit(request, state_of(request), accept, time.monotonic())
+    if isinstance(admitted, Answer):
+        return _replay(request, admitted, accept)
+    work = Work(admitted.handle, lambda result: _finish(admitted, result), admitted.claim, admitted.state.unfinished)
+    if admitted.media_type == EVENT_STREAM_MEDIA_TYPE:
+        return StreamingResponse(_events(admitted, work), headers=EVENT_STREAM_HEADERS, media_type=admitted.media_type)
+    return response_of(await work.answer_unless_gone(request))
+
+
+async def _admit(request: Request, state: ServiceState, accept: str, started_at: float) -> _Admitted | Answer:
+    """Everything up to admission, in the order in which it can fail for the least cost.
+
+    Returns:
+        The admitted request; or the answer of the one that it repeats.
+    """
     choose_media_type(accept, _OFFERS)  # Nobody uploads megabytes for a 406.
     client = record_of(request.scope).client
-    state.engine.check_room(client)
+    name = request_name(request)
+    if name is None or not state.kept_answers.is_known(name):  # A repeated request needs no place in the queue.
+        state.engine.check_room(client)
     with state.intake.place(client):
         parts = await read_parts(request.headers.get("Content-Type", ""), request.stream())
-        model = state.model
-        prepared = await state.in_thread(lambda: _prepare(parts, accept, state, model))
-        return _submit(request, state, model, prepared, started_at)
+        claim = None
+        if name is not None:
+            digest = await state.in_thread(lambda: form_digest(parts))
+            found = state.kept_answers.begin(name, digest)
+            if isinstance(found, Answer):
+                return found
+            claim = found
+        try:
+            model = state.model
+            prepared = await state.in_thread(lambda: _prepare(parts, accept, state, model))
+            return _submit(request, state, prepared, claim, started_at)
+        except BaseException:
+            if claim is not None:
+                claim.release()
+            raise
+
+
+def _replay(request: Request, answer: Answer, accept: str) -> Response:
+    """The first answer as it was; a client that now takes only another shape does not repeat its request.
+
+    Raises:
+        InpaintError: `NOT_ACCEPTABLE`.
+    """
+    choose_media_type(accept, (answer.media_type,))
+    record_of(request.scope).replay_of = answer.request_id
+    state_of(request).metrics.replayed()
+    return response_of(answer, {"Idempotent-Replayed": "true", "Original-Request": answer.request_id})
 
 
 def _prepare(parts: Sequence[Part], accept: str, state: ServiceState, model: ModelInfo) -> _Prepared:
@@ -149,10 +179,10 @@ def _answer_type(form: InpaintForm, accept: str) -> str:
 
 
 def _submit(
-    request: Request, state: ServiceState, model: ModelInfo, prepared: _Prepared, started_at: float
+    request: Request, state: ServiceState, prepared: _Prepared, claim: Claim | None, started_at: float
 ) -> _Admitted:
     """Hand it to the engine."""
-    fields, canvas = prepared.fields, prepared.canvas
+    model, fields, canvas = state.model, prepared.fields, prepared.canvas
     # Such that the last image's own seed can be asked for, too.
     random_seed = randbelow(MAX_SEED + 2 - fields.num_images_per_prompt)
     embeds = canvas.tensors.ip_adapter_image_embeds
@@ -170,41 +200,22 @@ def _submit(
         request_id=record.request_id,
         client=record.client,
     )
-    return _Admitted(request, state, prepared.media_type, fields, params, canvas, handle, started_at)
+    return _Admitted(record, state, prepared.media_type, fields, params, canvas, handle, claim, started_at)
 
 
-async def _result_unless_gone(request: Request, handle: Handle) -> InpaintResult:
-    """The outcome; a client that hangs up before it has its request cancelled.
-
-    Raises:
-        InpaintError: The request failed.
-        ClientDisconnect: The client went away.
-    """
-    result = asyncio.ensure_future(handle.result())
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait((result, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            handle.cancel("disconnect")
-            raise ClientDisconnect
-        return result.result()
-    except asyncio.CancelledError:
-        handle.cancel("drain")  # The server is going down.
-        raise
-    finally:
-        result.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    """Wait for the client to hang up; the body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _finish(admitted: _Admitted, result: InpaintResult) -> Answer:
+    """The answer, in the shape that was asked for."""
+    painted = await _render(admitted, result)
+    if admitted.media_type == JSON_MEDIA_TYPE:
+        return await admitted.state.in_thread(lambda: json_answer(painted))
+    if admitted.media_type == EVENT_STREAM_MEDIA_TYPE:
+        return await admitted.state.in_thread(lambda: events_answer(painted))
+    return image_answer(painted)
 
 
 async def _render(admitted: _Admitted, result: InpaintResult) -> Painted:
     """Paste back and encode; note the timings."""
-    state, fields = admitted.state, admitted.fields
+    state, fields, record = admitted.state, admitted.fields, admitted.record
     started_at = time.monotonic()
     files = await state.in_thread(
         lambda: render(admitted.canvas, result, fields, fields.output_format, state.settings.nsfw_policy)
@@ -213,23 +224,16 @@ async def _render(admitted: _Admitted, result: InpaintResult) -> Painted:
     sent = [name for name in TENSORS if getattr(admitted.canvas.tensors, name) is not None]
     state.metrics.observe_stage("render", now - started_at)
     timings = stage_timings(result, now - started_at, now - admitted.started_at)
-    record = record_of(admitted.request.scope)
     record.stages.update(timings.model_dump(exclude={"total"}))
     record.mean_images = result.mean_images
     return Painted(record.request_id, state.model.id, fields, admitted.params, sent, result, files, timings)
 
 
-def _events(admitted: _Admitted) -> AsyncIterator[str]:
-    record = record_of(admitted.request.scope)
-
-    async def finish(result: InpaintResult) -> str:
-        painted = await _render(admitted, result)
-        return await admitted.state.in_thread(lambda: json_text(painted))
-
+def _events(admitted: _Admitted, work: Work) -> AsyncIterator[str | bytes]:
     def on_failed(error: InpaintError) -> None:
-        record.code = error.code
+        admitted.record.code = error.code
 
     async def preview(painted: Pixels) -> bytes:
         return await admitted.state.in_thread(lambda: preview_file(admitted.canvas, painted, admitted.fields))
 
-    return inpaint_events(admitted.handle, finish, preview, on_failed)
+    return inpaint_events(work, preview, on_failed)

@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute
 from service import __version__
 from service.api.field_types import FreeUFactors
 from service.api.fields import InpaintFields
+from service.api.idempotency import HEADER, MAX_CHARACTERS, PATTERN
 from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS
 from service.api.schemas import InpaintAnswer, Problem
 from service.errors import ErrorCode
@@ -128,6 +129,15 @@ _PICTURE_TYPES = ", ".join(MEDIA_TYPES.values())
 _JSON_FIELDS = ("timesteps", "sigmas", "loras", "freeu")
 
 INPAINT_OPERATION: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": HEADER,
+            "in": "header",
+            "description": "Makes a repetition safe: the same key and form get the first answer again, even where its "
+            "client had hung up. Another form is `key_reuse`; while the first request runs, `in_progress`.",
+            "schema": {"type": "string", "minLength": 1, "maxLength": MAX_CHARACTERS, "pattern": f"^{PATTERN}$"},
+        }
+    ],
     "requestBody": {
         "required": True,
         "content": {
@@ -141,7 +151,7 @@ INPAINT_OPERATION: dict[str, Any] = {
                 },
             }
         },
-    }
+    },
 }
 
 _TEXT = {"type": "string"}
@@ -157,6 +167,11 @@ INPAINT_RESPONSES: dict[int | str, dict[str, Any]] = {
             },
             "Server-Timing": {"description": "Milliseconds by stage.", "schema": _TEXT},
             "X-Request-Id": {"description": "Names the request in logs.", "schema": _TEXT},
+            "Idempotent-Replayed": {
+                "description": "The answer was given before, to a request with the same `Idempotency-Key`.",
+                "schema": {"type": "string", "enum": ["true"]},
+            },
+            "Original-Request": {"description": "Of such an answer: the first request's id.", "schema": _TEXT},
         },
         "content": {
             **{

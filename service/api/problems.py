@@ -29,6 +29,7 @@ STATUS: Mapping[ErrorCode, int] = {
     ErrorCode.METHOD_NOT_ALLOWED: 405,
     ErrorCode.NOT_ACCEPTABLE: 406,
     ErrorCode.REQUEST_TIMEOUT: 408,
+    ErrorCode.IN_PROGRESS: 409,
     ErrorCode.BODY_TOO_LARGE: 413,
     ErrorCode.UNSUPPORTED_MEDIA: 415,
     ErrorCode.INVALID_FIELD: 422,
@@ -42,6 +43,7 @@ STATUS: Mapping[ErrorCode, int] = {
     ErrorCode.UNKNOWN_SCHEDULER: 422,
     ErrorCode.UNKNOWN_LORA: 422,
     ErrorCode.INVALID_LORA: 422,
+    ErrorCode.KEY_REUSE: 422,
     ErrorCode.OVERLOADED: 429,
     ErrorCode.HEADERS_TOO_LARGE: 431,
     ErrorCode.CANCELLED: CLIENT_CLOSED_REQUEST,
@@ -60,6 +62,7 @@ STATUS: Mapping[ErrorCode, int] = {
 _MAY_PASS = frozenset(
     {
         ErrorCode.REQUEST_TIMEOUT,
+        ErrorCode.IN_PROGRESS,
         ErrorCode.OVERLOADED,
         ErrorCode.NOT_READY,
         ErrorCode.DRAINING,

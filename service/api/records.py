@@ -22,6 +22,7 @@ class RequestRecord:
         code: Why it failed, if it did.
         stages: Seconds by stage.
         mean_images: Mean number of images in the batch that it ran in; None if it ran in none.
+        replay_of: The id of the request whose answer was given again.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class RequestRecord:
     code: str | None = None
     stages: dict[str, float] = field(default_factory=dict)
     mean_images: float | None = None
+    replay_of: str | None = None
 
 
 def new_record(headers: Headers) -> RequestRecord:

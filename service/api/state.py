@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from starlette.requests import Request
 
+from service.api.kept_answers import KeptAnswers
+from service.api.work import Work
 from service.engine.clients import ANONYMOUS, Client
 from service.engine.engine import Engine
 from service.engine.places import Places
@@ -66,7 +68,9 @@ class ServiceState:
         executor: Threads for decoding, fitting and encoding, which would stall the event loop.
         intake: Bounds requests whose bodies are in memory.
         uploads: Bounds adapters whose uploads are on the disk.
+        kept_answers: Answers for clients that repeat their request.
         created: Unix time at which the service started.
+        unfinished: Admitted requests that have no answer yet, whether or not their clients still wait.
     """
 
     settings: Settings
@@ -75,7 +79,9 @@ class ServiceState:
     executor: ThreadPoolExecutor
     intake: Intake
     uploads: Intake
+    kept_answers: KeptAnswers
     created: int
+    unfinished: set[Work] = field(default_factory=set)
 
     @property
     def model(self) -> ModelInfo:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from service.api.app import create_app
 from service.api.server import server_config
+from service.api.state import ServiceState
 from service.engine.engine import Engine
 from service.metrics import Metrics
 from service.settings import Settings, load_settings
@@ -40,12 +41,14 @@ class LiveServer:
     Attributes:
         port: Where it listens, on 127.0.0.1.
         engine: Its engine; only touched on its loop.
+        state: What its routes work with; the same.
         loop: Its event loop.
         client: An httpx client of it.
     """
 
     port: int
     engine: Engine
+    state: ServiceState
     loop: asyncio.AbstractEventLoop
     client: httpx.Client
 
@@ -92,7 +95,7 @@ def serving(*, wait_ready: bool = True, **overrides: Any) -> Iterator[LiveServer
         raise box["error"]
     client = httpx.Client(base_url=f"http://127.0.0.1:{box['port']}", timeout=20, trust_env=False)
     try:
-        yield LiveServer(box["port"], box["engine"], box["loop"], client)
+        yield LiveServer(box["port"], box["engine"], box["state"], box["loop"], client)
     finally:
         client.close()
         box["loop"].call_soon_threadsafe(setattr, box["server"], "should_exit", True)
@@ -104,11 +107,18 @@ async def _serve(settings: Settings, wait_ready: bool, box: dict[str, Any], is_u
     metrics = Metrics()
     engine = Engine(settings, metrics, worker_target=FAKE_WORKER)
     engine.adapters.prepare()
-    config = server_config(create_app(settings, engine, metrics))
+    app = create_app(settings, engine, metrics)
+    config = server_config(app)
     config.timeout_graceful_shutdown = 2
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
-    box |= {"port": listener.getsockname()[1], "engine": engine, "loop": asyncio.get_running_loop(), "server": server}
+    box |= {
+        "port": listener.getsockname()[1],
+        "engine": engine,
+        "state": app.state.service,
+        "loop": asyncio.get_running_loop(),
+        "server": server,
+    }
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         if wait_ready:

@@ -27,6 +27,7 @@ def busy_metrics() -> Metrics:
     metrics.request_done("/v1/inpaint", 200, 0.3)
     metrics.observe_stage("decode", 0.01)
     metrics.rejected("overloaded")
+    metrics.replayed()
     metrics.cancelled("disconnect")
     metrics.failed("deadline")
     metrics.worker_ready("0", READY)
@@ -57,6 +58,7 @@ def test_every_metric_of_the_contract_is_there() -> None:
     assert found["inpaint_batch_rows_sum"] == {"": 6}
     assert found["inpaint_images_total"] == {"": 3}
     assert found["inpaint_nsfw_flagged_total"] == {"": 2}
+    assert found["inpaint_replayed_total"] == {"": 1}
     assert found["inpaint_rejected_total"] == {"reason=overloaded": 1}
     assert found["inpaint_cancelled_total"] == {"reason=disconnect": 1}
     assert found["inpaint_failed_total"] == {"reason=deadline": 1}

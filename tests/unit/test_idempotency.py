@@ -1,0 +1,91 @@
+"""What makes two requests the same: the client, its key, and what the form says."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.requests import Request
+
+from service.api.idempotency import form_digest, request_name
+from service.api.multipart import Part
+from service.errors import ErrorCode, InpaintError
+
+parts = st.builds(Part, st.text(max_size=4), st.binary(max_size=4), st.booleans())
+forms = st.lists(parts, max_size=5)
+
+
+def name_of(*headers: tuple[str, str]) -> bytes | None:
+    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
+    return request_name(Request({"type": "http", "headers": raw}))
+
+
+@given(forms.flatmap(lambda form: st.tuples(st.just(form), st.permutations(form))))
+def test_the_order_of_the_parts_does_not_matter(forms: tuple[Sequence[Part], Sequence[Part]]) -> None:
+    """Browsers and libraries send a form's parts in an order of their own."""
+    form, shuffled = forms
+    assert form_digest(form) == form_digest(shuffled)
+
+
+def contents(form: Sequence[Part]) -> list[tuple[str, bytes, bool]]:
+    return sorted((part.name, part.data, part.is_file) for part in form)
+
+
+@given(forms, forms)
+def test_forms_are_the_same_exactly_when_they_say_the_same(one: Sequence[Part], other: Sequence[Part]) -> None:
+    """No two forms that differ in a name, a byte or a part are taken for each other."""
+    assert (form_digest(one) == form_digest(other)) == (contents(one) == contents(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([Part("ab", b"c", is_file=False)], [Part("a", b"bc", is_file=False)]),
+        ([Part("a", b"b", is_file=False)], [Part("a", b"b", is_file=True)]),
+        (
+            [Part("a", b"1", is_file=False), Part("b", b"2", is_file=False)],
+            [Part("a", b"2", is_file=False), Part("b", b"1", is_file=False)],
+        ),
+        ([Part("a", b"", is_file=False)], [Part("a", b"", is_file=False)] * 2),
+        ([], [Part("", b"", is_file=False)]),
+    ],
+)
+def test_what_is_easily_confused_is_not(one: Sequence[Part], other: Sequence[Part]) -> None:
+    """Where a name ends and a value begins, which value belongs to which name, and how many there are, counts."""
+    assert form_digest(one) != form_digest(other)
+
+
+def test_a_name_is_one_clients_key() -> None:
+    """The same key of the same client is the same name, however the client shows who it is; else it is another."""
+    name = name_of(("Idempotency-Key", "k1"), ("Authorization", "Bearer alice"))
+
+    assert name == name_of(("Idempotency-Key", "k1"), ("X-API-Key", "alice"))
+    assert name == name_of(("Idempotency-Key", "k1"), ("authorization", "bearer  alice "))
+    others = [
+        name_of(("Idempotency-Key", "k2"), ("Authorization", "Bearer alice")),
+        name_of(("Idempotency-Key", "k1"), ("Authorization", "Bearer bob")),
+        name_of(("Idempotency-Key", "k1")),
+        name_of(("Idempotency-Key", '"k1"')),
+    ]
+    assert len({name, *others}) == 5
+
+
+def test_without_the_header_there_is_no_name() -> None:
+    """A request without a key is never a repetition."""
+    assert name_of(("Authorization", "Bearer alice")) is None
+
+
+@pytest.mark.parametrize(
+    "keys", [["a"], ["a" * 255], ["8e03978e-40d5-43e8-bc93-6894a57f9324"], ['"quoted, with~all !"']]
+)
+def test_keys_that_are_taken(keys: list[str]) -> None:
+    """Up to 255 printable ASCII characters, quoted or not."""
+    assert name_of(*(("Idempotency-Key", key) for key in keys)) is not None
+
+
+@pytest.mark.parametrize("keys", [[""], ["a" * 256], ["a\tb"], ["é"], ["a\x7f"], ["a\n"], ["a", "b"], ["a", "a"]])
+def test_keys_that_are_refused(keys: list[str]) -> None:
+    """Anything else is the client's mistake, and the answer names the header, not what was sent."""
+    with pytest.raises(InpaintError) as raised:
+        name_of(*(("Idempotency-Key", key) for key in keys))
+    assert (raised.value.code, raised.value.field) == (ErrorCode.INVALID_FIELD, "Idempotency-Key")
