@@ -12,6 +12,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,6 @@ from PIL import Image, PngImagePlugin
 
 from tests.http.serving import (
     CLOSING,
-    LiveServer,
     eventually,
     form,
     head,
@@ -70,8 +70,8 @@ def test_traces_are_found() -> None:
 
 
 @contextlib.contextmanager
-def served(folder: Path, log_format: str) -> Iterator[LiveServer]:
-    """A `serve` with keys that writes all it has to say into a file."""
+def served(folder: Path, log_format: str) -> Iterator["Sender"]:
+    """Requests to a `serve` with keys that writes all it has to say into a file."""
     written = folder / "written"
     keys = f"shop={CLIENT},hashed=sha256:{hashlib.sha256(HASHED.encode()).hexdigest()}"
     arguments = ["--port", "0", "--devices", "cpu", "--log-level", "debug", "--log-format", log_format]
@@ -90,7 +90,7 @@ def served(folder: Path, log_format: str) -> Iterator[LiveServer]:
         eventually(lambda: "ready: " in written.read_text() or process.poll() is not None, 30)
         port = int(re.search(r"listens on http://127\.0\.0\.1:(\d+)", written.read_text())[1])
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
-            yield LiveServer(port, engine=None, loop=None, client=client)
+            yield Sender(port, client)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
     finally:
@@ -138,7 +138,8 @@ TEXTS = {"prompt": f"{MARK}-prompt", "negative_prompt": f"{MARK}-negative"}
 class Sender:
     """Sends requests and keeps what was answered to those that failed."""
 
-    live: LiveServer
+    port: int
+    client: httpx.Client
     statuses: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -153,7 +154,7 @@ class Sender:
         """Any request."""
         own = {"Authorization": f"Bearer {key}", "Idempotency-Key": f"{MARK}-idempotency-{len(self.statuses)}"}
         headers = {**own, **HEADERS, **options.pop("headers", {})}
-        response = self.live.client.request(method, path, headers=headers, **options)
+        response = self.client.request(method, path, headers=headers, **options)
         self.note(response.status_code, response.headers, response.content)
         return response.status_code
 
@@ -165,7 +166,7 @@ class Sender:
 
     def raw(self, *pieces: bytes) -> int:
         """Bytes."""
-        with self.live.raw(*pieces) as connection:
+        with self.connect(*pieces) as connection:
             status, headers, body = read_answer(connection)
         self.note(status, headers, body)
         return status
@@ -174,10 +175,16 @@ class Sender:
         """A request whose client goes away while the worker paints."""
         body = usual_parts().replace(b"a red house", f"hold {MARK}".encode()) + CLOSING
         opening = multipart_head(f"Content-Length: {len(body)}", f"X-API-Key: {CLIENT}", *lines)
-        connection = self.live.raw(opening, body)
+        connection = self.connect(opening, body)
         eventually(lambda: self.in_flight() == 1)
         connection.close()
         eventually(lambda: self.in_flight() == 0)
+
+    def connect(self, *pieces: bytes) -> socket.socket:
+        """A connection over which bytes were sent as they are."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection.sendall(b"".join(pieces))
+        return connection
 
     def in_flight(self) -> float:
         """Requests in the worker."""
@@ -186,7 +193,7 @@ class Sender:
 
     def metrics(self) -> str:
         """All of them."""
-        return self.live.client.get("/metrics", headers={"Authorization": f"Bearer {HASHED}"}).text
+        return self.client.get("/metrics", headers={"Authorization": f"Bearer {HASHED}"}).text
 
 
 def send_good(sender: Sender) -> None:
@@ -259,8 +266,7 @@ def send_failing(sender: Sender) -> None:
 def test_nothing_of_a_request_is_logged_counted_or_answered(tmp_path: Path, log_format: str) -> None:
     """Prompts, pictures, file names, keys, header values: in no line of the log, no metric, no error."""
     (tmp_path / "loras").mkdir()
-    with served(tmp_path, log_format) as live:
-        sender = Sender(live)
+    with served(tmp_path, log_format) as sender:
         send_good(sender)
         send_bad(sender)
         send_refused(sender)
