@@ -19,8 +19,8 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# The parent of all loggers here.
-_OURS = "service"
+# How the names of all loggers here begin.
+_OURS = "service."
 
 # Libraries whose informative lines say nothing that ours do not, or that clients can provoke at will.
 _QUIET = {"uvicorn": logging.WARNING, "uvicorn.error": logging.WARNING, "python_multipart": logging.ERROR}
@@ -31,11 +31,14 @@ def configure_logging(settings: Settings) -> None:
     is_text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter() if is_text else JsonFormatter())
-    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-    logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
-    logging.getLogger(_OURS).setLevel(level)
+    handler.addFilter(_is_wanted)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(level)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.INFO or record.name.startswith(_OURS)
 
 
 def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -6,11 +6,12 @@ only module that reads the environment.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from service.errors import StartupError
 from service.request import NsfwPolicy
@@ -18,6 +19,8 @@ from service.request import NsfwPolicy
 ENVIRONMENT_PREFIX = "INPAINT_"
 
 BUNDLED_MODEL = "demo"
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
 def _split_commas(value: object) -> object:
@@ -29,6 +32,12 @@ def _split_commas(value: object) -> object:
 
 def _blank_is_none(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
+
+
+def _require_host_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(_HOST_NAME.fullmatch(name) for name in names):
+        raise ValueError("names or addresses without scheme and port; IPv6 addresses in brackets")
+    return names
 
 
 CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
@@ -138,7 +147,7 @@ class Settings(BaseModel):
     )
     metrics_access: Access = Field("clients", description="The same for /metrics, where it has no port of its own.")
     cors_origins: CommaSeparated = Field((), description="Web origins that may call the service.")
-    allowed_hosts: CommaSeparated = Field(
+    allowed_hosts: Annotated[CommaSeparated, AfterValidator(_require_host_names)] = Field(
         (), description="Host names under which the service may be called, without ports; by default any."
     )
     max_body_mib: float = Field(25.0, gt=0, description="Largest request body in MiB.")

@@ -159,24 +159,23 @@ class WaitingQueue:
                 return None
         return None
 
-    def num_row_calls(self, native_size: int, client: Client | None = None) -> float:
-        """Estimated work, in UNet rows of `native_size` times model calls.
+    def num_row_calls(self, native_size: int, client: Client = ANONYMOUS) -> float:
+        """Estimated work that is served until a client has nothing waiting any more.
+
+        Its own, and of others what they are given meanwhile by their shares; all there is where it is alone.
 
         Args:
             native_size: The side of the model's native square.
-            client: If given, only what is served until its own last request is, by its share.
+            client: Whose requests are to be served.
 
         Returns:
-            The work of all who wait, or what comes before the client has nothing waiting any more.
+            UNet rows of `native_size` times model calls.
         """
-        if client is None:
-            work: float = sum(tier.work for tier in self._tiers.values())
-        else:
-            own, others = self._tiers[client.has_priority], self._tiers[not client.has_priority]
-            its_work = own.lanes[client].work if client in own.lanes else 0
-            work = sum(min(lane.work, its_work) for lane in own.lanes.values())
-            work += min(others.work, work * own.cost / others.cost)
-        return (self._returned.work + work) / native_size**2
+        own, others = self._tiers[client.has_priority], self._tiers[not client.has_priority]
+        its_work = own.lanes[client].work if client in own.lanes else 0
+        work = sum(min(lane.work, its_work) for lane in own.lanes.values())
+        beside = min(others.work, work * own.cost / others.cost)
+        return (self._returned.work + work + beside) / native_size**2
 
     def _entry(self, handle: Handle) -> Waiting:
         self._places.take(handle.client)

@@ -302,7 +302,7 @@ def test_estimated_wait_is_about_the_real_one(arrivals: list[tuple[Client, int]]
         fill(queue, client, size)
     waiting = {client for client, _ in arrivals}
     estimates = {client: queue.num_row_calls(PARAMS.width, client) for client in waiting}
-    assert all(estimate <= queue.num_row_calls(PARAMS.width) for estimate in estimates.values())
+    assert all(estimate <= sum(size for _, size in arrivals) * ONE for estimate in estimates.values())
     work, until = 0.0, {}
     for handle in served(queue):
         work += handle.num_images * ONE
