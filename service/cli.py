@@ -1,8 +1,9 @@
-"""The command line: `serve`, `openapi`. Imports nothing heavy before it knows what to do."""
+"""The command line: `serve`, `openapi`, `hash-key`. Imports nothing heavy before it knows what to do."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from getpass import getpass
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
@@ -26,8 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 when the service could not start, 2 for wrong settings.
     """
     options = vars(_parser().parse_args(arguments))
-    if options.pop("command") == "openapi":
+    command = options.pop("command")
+    if command == "openapi":
         return _openapi()
+    if command == "hash-key":
+        return _hash_key()
     try:
         settings = load_settings(options)
     except StartupError as error:
@@ -56,6 +60,17 @@ def _openapi() -> int:
     return 0
 
 
+def _hash_key() -> int:
+    from service.api.keys import hash_of  # noqa: PLC0415 - as above
+
+    line = getpass("key: ") if sys.stdin.isatty() else sys.stdin.readline()
+    key = line.strip()
+    if not key:
+        return _fail(StartupError("there is no key on standard input"), EXIT_USAGE)
+    sys.stdout.write(f"{hash_of(key)}\n")
+    return 0
+
+
 def _fail(error: StartupError, status: int) -> int:
     """One line for the operator."""
     line = " ".join(str(error).split())
@@ -80,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, field in Settings.model_fields.items():
         _add_flag(serve, name, field)
+    commands.add_parser(
+        "hash-key",
+        help="read an API key from standard input and print the hash to put into settings",
+        allow_abbrev=False,
+    )
     commands.add_parser("openapi", help="print the API's OpenAPI document as YAML", allow_abbrev=False)
     return parser
 

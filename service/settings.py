@@ -6,11 +6,12 @@ only module that reads the environment.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from service.errors import StartupError
 from service.request import NsfwPolicy
@@ -18,6 +19,8 @@ from service.request import NsfwPolicy
 ENVIRONMENT_PREFIX = "INPAINT_"
 
 BUNDLED_MODEL = "demo"
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
 def _split_commas(value: object) -> object:
@@ -31,11 +34,18 @@ def _blank_is_none(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
 
 
+def _require_host_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(_HOST_NAME.fullmatch(name) for name in names):
+        raise ValueError("names or addresses without scheme and port; IPv6 addresses in brackets")
+    return names
+
+
 CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 BlankIsNone = BeforeValidator(_blank_is_none)
 OptionalText = Annotated[str | None, BlankIsNone]
 OptionalPath = Annotated[Path | None, BlankIsNone]
 AttentionBackend = Literal["auto", "math", "flash", "efficient", "cudnn", "xformers"]
+Access = Literal["open", "clients", "admins", "off"]
 OptionalPort = Annotated[Annotated[int, Field(ge=0, le=65535)] | None, BlankIsNone]
 
 
@@ -121,12 +131,25 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     metrics_port: OptionalPort = Field(None, description="Serve /metrics on this port instead.")
     api_keys: CommaSeparated = Field(
-        (), repr=False, description="Keys that clients must send as 'Authorization: Bearer …'."
+        (),
+        repr=False,
+        description="Keys that clients must send as 'Authorization: Bearer …'; each KEY, sha256:HASH, NAME=… or "
+        "NAME:priority=….",
     )
+    api_keys_file: OptionalPath = Field(None, description="File with further ones, one a line.")
     admin_keys: CommaSeparated = Field(
         (), repr=False, description="Keys that may also change adapters; without any, nobody may."
     )
+    admin_keys_file: OptionalPath = Field(None, description="File with further ones, one a line.")
+    docs_access: Access = Field(
+        "clients",
+        description="Who may read /docs and /openapi.json: everybody, holders of a key, administrators, nobody.",
+    )
+    metrics_access: Access = Field("clients", description="The same for /metrics, where it has no port of its own.")
     cors_origins: CommaSeparated = Field((), description="Web origins that may call the service.")
+    allowed_hosts: Annotated[CommaSeparated, AfterValidator(_require_host_names)] = Field(
+        (), description="Host names under which the service may be called, without ports; by default any."
+    )
     max_body_mib: float = Field(25.0, gt=0, description="Largest request body in MiB.")
     max_pixels: int = Field(16_777_216, ge=4096, description="Largest picture, height times width.")
     idempotency_ttl: float = Field(
@@ -187,7 +210,7 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
     try:
         return Settings(**values)
     except ValidationError as error:
-        faults = "; ".join(f"{_name_of(fault['loc'])}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(f"{setting_label(str(fault['loc'][0]))}: {fault['msg']}" for fault in error.errors())
         raise StartupError(f"invalid settings: {faults}") from None
 
 
@@ -196,5 +219,6 @@ def environment_variable(name: str) -> str:
     return f"{ENVIRONMENT_PREFIX}{name.upper()}"
 
 
-def _name_of(location: tuple[int | str, ...]) -> str:
-    return f"{environment_variable(str(location[0]))} / --{str(location[0]).replace('_', '-')}"
+def setting_label(name: str) -> str:
+    """What an error calls a setting: its variable and its flag."""
+    return f"{environment_variable(name)} / --{name.replace('_', '-')}"

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 UNMATCHED = "unmatched"
 
+# Any other word is a client's own.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+
 # Asked every few seconds by machines: logged only when someone is debugging.
 _QUIET_ENDPOINTS = frozenset({"/healthz", "/readyz", "/metrics"})
 
@@ -66,11 +69,13 @@ class AccessLog:
         self._metrics.request_done(endpoint, status, seconds)
         fields: dict[str, object] = {
             "request_id": record.request_id,
-            "method": scope["method"],
+            "method": scope["method"] if scope["method"] in _METHODS else "other",
             "route": endpoint,
             "status": status,
             "seconds": round(seconds, 4),
         }
+        if record.client.name is not None:
+            fields["client"] = record.client.name
         if record.code is not None:
             fields["code"] = record.code
         if record.replay_of is not None:

@@ -13,8 +13,10 @@ from starlette.exceptions import HTTPException
 
 from service.api import adapters, docs, inpaint, ops
 from service.api.access_log import AccessLog
+from service.api.docs import OPENAPI_PATH
 from service.api.gate import Gate
 from service.api.kept_answers import KeptAnswers
+from service.api.keys import load_keys
 from service.api.openapi import TITLE, openapi_document
 from service.api.problems import on_http_exception, on_inpaint_error, on_validation_error
 from service.api.state import Intake, ServiceState
@@ -37,12 +39,17 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         settings: The operator's settings.
         engine: Not started yet.
         metrics: Where the engine counts, too.
+
+    Raises:
+        StartupError: The keys cannot be read.
     """
+    keys = load_keys(settings)
     app = _App(
         title=TITLE,
         # FastAPI's own documentation pages load their scripts from another site.
         docs_url=None,
         redoc_url=None,
+        openapi_url=None if settings.docs_access == "off" else OPENAPI_PATH,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
         lifespan=_lifespan,
@@ -63,10 +70,11 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         created=int(time.time()),
     )
     inpaint.add_routes(app)
-    ops.add_routes(app, with_metrics=settings.metrics_port is None)
+    ops.add_routes(app, with_metrics=settings.metrics_port is None and settings.metrics_access != "off")
     adapters.add_routes(app)
-    docs.add_routes(app)
-    app.add_middleware(Gate, settings=settings, engine=engine)
+    if settings.docs_access != "off":
+        docs.add_routes(app)
+    app.add_middleware(Gate, settings=settings, keys=keys, engine=engine)
     app.add_middleware(AccessLog, metrics=metrics)  # The last one is the outermost.
     return app
 

@@ -8,6 +8,9 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+DOCS_PATH = "/docs"
+OPENAPI_PATH = "/openapi.json"
+
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -29,7 +32,7 @@ _BOUNDS = (
 
 def add_routes(app: FastAPI) -> None:
     """The page's route."""
-    app.add_api_route("/docs", docs, include_in_schema=False, response_class=HTMLResponse, response_model=None)
+    app.add_api_route(DOCS_PATH, docs, include_in_schema=False, response_class=HTMLResponse, response_model=None)
 
 
 async def docs(request: Request) -> HTMLResponse:
@@ -44,7 +47,7 @@ def _page(document: dict[str, Any]) -> Iterator[str]:
     yield f"<h1>{title}</h1>"
     for paragraph in document["info"]["description"].split("\n\n"):
         yield f"<p>{_text(paragraph)}</p>"
-    yield '<p>For programs: <a href="/openapi.json">/openapi.json</a>.</p>'
+    yield f'<p>For programs: <a href="{OPENAPI_PATH}">{OPENAPI_PATH}</a>.</p>'
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             yield from _operation(method, path, operation)

@@ -4,8 +4,6 @@ Frameworks check keys and sizes once they have read the whole body; here
 nothing of it has been read when a request is refused.
 """
 
-import hmac
-from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,10 +12,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.body import BodyGuard
+from service.api.docs import DOCS_PATH, OPENAPI_PATH
+from service.api.keys import Keyrings
+from service.api.ops import METRICS_PATH
 from service.api.problems import problem_response
+from service.api.records import record_of
+from service.engine.clients import ANONYMOUS, Client
 from service.engine.engine import Engine
 from service.errors import ErrorCode, InpaintError
-from service.settings import Settings
+from service.settings import Access, Settings
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADERS = 100
@@ -44,14 +47,21 @@ class Gate:
     Args:
         app: What to wrap.
         settings: The operator's settings.
+        keys: Who may do what.
         engine: Asked whether it drains.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, engine: Engine) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, keys: Keyrings, engine: Engine) -> None:
         self._app = app
         self._engine = engine
-        self._client_keys = tuple(key.encode() for key in settings.api_keys)
-        self._admin_keys = tuple(key.encode() for key in settings.admin_keys)
+        self._keys = keys
+        self._accesses: dict[str, Access] = {
+            **dict.fromkeys(OPEN_PATHS, "open"),
+            DOCS_PATH: settings.docs_access,
+            OPENAPI_PATH: settings.docs_access,
+            METRICS_PATH: settings.metrics_access,
+        }
+        self._hosts = frozenset(_host_name(host) for host in settings.allowed_hosts)
         self._origins = frozenset(_normal_origin(origin) for origin in settings.cors_origins)
         self._max_body_bytes = settings.max_body_bytes
         self._max_adapter_bytes = settings.max_adapter_bytes
@@ -72,7 +82,7 @@ class Gate:
                 await _preflight_response()(scope, receive, send)
                 return
             self._check_origin(scope["method"], headers, is_allowed_origin)
-            self._check_key(scope["method"], scope["path"], headers)
+            record_of(scope).client = self._client(scope["method"], scope["path"], headers)
             max_body_bytes = self._max_bytes(scope["method"], scope["path"])
             self._check_body(headers, max_body_bytes)
             self._check_draining(scope["method"])
@@ -92,6 +102,9 @@ class Gate:
             )
         if len(headers.getlist("Host")) != 1:
             raise InpaintError(ErrorCode.BAD_REQUEST, "Send exactly one Host header.")
+        # Probes ask by address, whatever the service's name is.
+        if self._hosts and scope["path"] not in OPEN_PATHS and _host_name(headers["Host"]) not in self._hosts:
+            raise InpaintError(ErrorCode.BAD_REQUEST, "The service is not called by this host name.")
         lengths = headers.getlist("Content-Length")
         if len(lengths) > 1 or (lengths and "Transfer-Encoding" in headers):
             raise InpaintError(ErrorCode.BAD_REQUEST, "The length of the body is stated twice.")
@@ -110,22 +123,29 @@ class Gate:
         if is_cross:
             raise InpaintError(ErrorCode.CROSS_ORIGIN, "Pages of this origin may not call the service.")
 
-    def _check_key(self, method: str, path: str, headers: Headers) -> None:
-        """Who may do this; an administrator may do all that a client may."""
-        is_for_admins = _is_for_admins(method, path)
-        if is_for_admins and not self._admin_keys:
+    def _client(self, method: str, path: str, headers: Headers) -> Client:
+        """Whose request it is.
+
+        Raises:
+            InpaintError: `UNAUTHORIZED` or `FORBIDDEN`, it may not do this. An administrator may do all that a client
+                may.
+        """
+        access = "admins" if _is_for_admins(method, path) else self._accesses.get(path, "clients")
+        if access == "admins" and not self._keys.admins:
             raise InpaintError(ErrorCode.FORBIDDEN, "No administrator key is set.")
-        if not is_for_admins and (not self._client_keys or path in OPEN_PATHS):
-            return
+        if access == "open" or (access != "admins" and not self._keys.clients):
+            return ANONYMOUS
         scheme, _, token = headers.get("Authorization", "").partition(" ")
         sent = token.strip() if scheme.lower() == "bearer" else headers.get("X-API-Key", "")
-        is_client, is_admin = _is_one_of(sent, self._client_keys), _is_one_of(sent, self._admin_keys)
-        if not (is_client or is_admin):
+        client, admin = self._keys.clients.owner(sent), self._keys.admins.owner(sent)
+        owner = admin or client
+        if owner is None:
             raise InpaintError(
                 ErrorCode.UNAUTHORIZED, "Send a valid API key as 'Authorization: Bearer …' or X-API-Key."
             )
-        if is_for_admins and not is_admin:
+        if access == "admins" and admin is None:
             raise InpaintError(ErrorCode.FORBIDDEN, "This takes an administrator's key.")
+        return owner
 
     def _max_bytes(self, method: str, path: str) -> int:
         """The largest body; asked once it is known that an administrator sends what only those may."""
@@ -159,14 +179,17 @@ def _is_for_admins(method: str, path: str) -> bool:
     return path.startswith(ADAPTERS_PATH) and not (path == ADAPTERS_PATH and method in _SAFE_METHODS)
 
 
-def _is_one_of(sent: str, keys: Iterable[bytes]) -> bool:
-    """All keys are compared, each in constant time: how long it takes says nothing about them."""
-    matches = [hmac.compare_digest(sent.encode("latin-1"), key) for key in keys]
-    return any(matches)
-
-
 def _normal_origin(origin: str) -> str:
     return origin.strip().rstrip("/").lower()
+
+
+def _host_name(host: str) -> str | None:
+    """A `Host` header or a setting without its port."""
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+    return None if name is None else name.rstrip(".")
 
 
 def _host_of(origin: str) -> str | None:

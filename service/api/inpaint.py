@@ -115,10 +115,11 @@ async def _admit(request: Request, state: ServiceState, accept: str, started_at:
         The admitted request; or the answer of the one that it repeats.
     """
     choose_media_type(accept, _OFFERS)  # Nobody uploads megabytes for a 406.
+    client = record_of(request.scope).client
     name = request_name(request)
     if name is None or not state.kept_answers.is_known(name):  # A repeated request needs no place in the queue.
-        state.engine.check_room()
-    with state.intake.place():
+        state.engine.check_room(client)
+    with state.intake.place(client):
         parts = await read_parts(request.headers.get("Content-Type", ""), request.stream())
         claim = None
         if name is not None:
@@ -197,6 +198,7 @@ def _submit(
         ip_adapter_image=canvas.ip_adapter_image,
         timeout_seconds=fields.timeout,
         request_id=record.request_id,
+        client=record.client,
     )
     return _Admitted(record, state, prepared.media_type, fields, params, canvas, handle, claim, started_at)
 

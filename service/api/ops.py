@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
+from service.api.docs import DOCS_PATH, OPENAPI_PATH
 from service.api.field_types import MAX_CLIP_SKIP, MAX_IMAGES_PER_PROMPT, MAX_PROMPT_CHARACTERS, MAX_STEPS
 from service.api.fields import side_bounds
 from service.api.openapi import problems
@@ -34,6 +35,8 @@ from service.errors import ErrorCode, InpaintError
 from service.fitting import buckets
 from service.messages import ModelInfo
 from service.metrics import Metrics
+
+METRICS_PATH = "/metrics"
 
 _NO_KEY: dict[str, Any] = {"security": []}
 
@@ -69,7 +72,7 @@ def add_routes(app: FastAPI, *, with_metrics: bool) -> None:
     )
     if with_metrics:
         app.add_api_route(
-            "/metrics",
+            METRICS_PATH,
             metrics,
             response_class=Response,
             response_model=None,
@@ -79,16 +82,16 @@ def add_routes(app: FastAPI, *, with_metrics: bool) -> None:
     app.add_api_route("/", index, include_in_schema=False)
 
 
-async def index() -> dict[str, str]:
+async def index(request: Request) -> dict[str, str]:
     """Where to go from here."""
+    has_docs = state_of(request).settings.docs_access != "off"
     return {
         "service": "inpaint-service",
         "version": __version__,
         "inpaint": "POST /v1/inpaint",
         "models": "/v1/models",
         "adapters": "/v1/adapters",
-        "docs": "/docs",
-        "openapi": "/openapi.json",
+        **({"docs": DOCS_PATH, "openapi": OPENAPI_PATH} if has_docs else {}),
         "ready": "/readyz",
     }
 
@@ -213,7 +216,7 @@ def metrics_app(source: Metrics) -> ASGIApp:
     """An application of `/metrics` alone, for a port of its own."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        is_scrape = scope["path"] == "/metrics" and scope["method"] in ("GET", "HEAD")
+        is_scrape = scope["path"] == METRICS_PATH and scope["method"] in ("GET", "HEAD")
         response = _exposition(source) if is_scrape else Response(status_code=404)
         await response(scope, receive, send)
 

@@ -7,6 +7,8 @@ from secrets import token_hex
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from service.engine.clients import ANONYMOUS, Client
+
 _CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -16,6 +18,7 @@ class RequestRecord:
 
     Attributes:
         request_id: The client's own where it is harmless in a header and a log, else a random one.
+        client: Whose key came with it.
         code: Why it failed, if it did.
         stages: Seconds by stage.
         mean_images: Mean number of images in the batch that it ran in; None if it ran in none.
@@ -23,6 +26,7 @@ class RequestRecord:
     """
 
     request_id: str
+    client: Client = ANONYMOUS
     code: str | None = None
     stages: dict[str, float] = field(default_factory=dict)
     mean_images: float | None = None

@@ -18,6 +18,7 @@ from service.api.ops import metrics_app
 from service.api.protocol import HttpProtocol
 from service.engine.engine import WORKER_TARGET, Engine
 from service.errors import StartupError
+from service.logs import log_loop_error
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -130,6 +131,7 @@ class _MetricsServer(uvicorn.Server):
 async def _serve(
     settings: Settings, worker_target: str, listener: socket.socket, metrics_listener: socket.socket | None
 ) -> int:
+    asyncio.get_running_loop().set_exception_handler(log_loop_error)
     metrics = Metrics()
     engine = Engine(settings, metrics, worker_target=worker_target)
     engine.adapters.prepare()

@@ -11,7 +11,9 @@ from starlette.requests import Request
 
 from service.api.kept_answers import KeptAnswers
 from service.api.work import Work
+from service.engine.clients import ANONYMOUS, Client
 from service.engine.engine import Engine
+from service.engine.places import Places
 from service.errors import ErrorCode, InpaintError
 from service.messages import ModelInfo
 from service.metrics import Metrics
@@ -32,25 +34,27 @@ class Intake:
     """
 
     def __init__(self, max_requests: int, metrics: Metrics) -> None:
-        self._max_requests = max_requests
+        self._places = Places(max_requests)
         self._metrics = metrics
-        self._num_requests = 0
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self, client: Client = ANONYMOUS) -> Iterator[None]:
         """Take one of the places.
+
+        Args:
+            client: Who uploads; none can keep the others out.
 
         Raises:
             InpaintError: `OVERLOADED`, all are taken.
         """
-        if self._num_requests >= self._max_requests:
+        if not self._places.has_room(client):
             self._metrics.rejected(ErrorCode.OVERLOADED)
             raise InpaintError(ErrorCode.OVERLOADED, "Too many requests are being uploaded.", retry_after_seconds=1)
-        self._num_requests += 1
+        self._places.take(client)
         try:
             yield
         finally:
-            self._num_requests -= 1
+            self._places.give_back(client)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from service.engine.adapters import adapter_folder
 from service.engine.admission import retry_after
+from service.engine.clients import ANONYMOUS, Client
 from service.engine.devices import resolve_devices, threads_per_worker
 from service.engine.dispatch import Load
 from service.engine.handle import Handle
@@ -26,7 +27,7 @@ from service.metrics import Metrics
 from service.request import NO_TENSORS, InpaintParams, InpaintRequest, InpaintTensors, Pixels
 from service.settings import Settings
 
-__all__ = ["Engine", "Handle", "WorkerStatus"]
+__all__ = ["ANONYMOUS", "Client", "Engine", "Handle", "WorkerStatus"]
 
 logger = logging.getLogger(__name__)
 
@@ -151,13 +152,16 @@ class Engine:
 
     # --- admission --------------------------------------------------------------------
 
-    def check_room(self) -> None:
+    def check_room(self, client: Client = ANONYMOUS) -> None:
         """Refuse early what `submit` would refuse anyway.
+
+        Args:
+            client: Who asks.
 
         Raises:
             InpaintError: DRAINING, NOT_READY or OVERLOADED, with `retry_after_seconds`.
         """
-        self._refuse(self._unready() or self._full())
+        self._refuse(self._unready() or self._full(client))
 
     def check_ready(self) -> None:
         """Refuse early what needs a worker, but no place in the queue.
@@ -177,6 +181,7 @@ class Engine:
         ip_adapter_image: Pixels | None = None,
         timeout_seconds: float | None = None,
         request_id: str,
+        client: Client = ANONYMOUS,
     ) -> Handle:
         """Admit a request.
 
@@ -188,11 +193,12 @@ class Engine:
             ip_adapter_image: A picture to paint by, of any size.
             timeout_seconds: The client's own limit; the operator's applies anyway.
             request_id: For logs.
+            client: Whose it is: clients share the workers and the queue.
 
         Raises:
             InpaintError: DRAINING, NOT_READY or OVERLOADED, with `retry_after_seconds`.
         """
-        self.check_room()
+        self.check_room(client)
         limit = self._settings.timeout if timeout_seconds is None else min(timeout_seconds, self._settings.timeout)
         now = time.monotonic()
         request = InpaintRequest(params, image, mask, now, now + limit, tensors, ip_adapter_image)
@@ -202,6 +208,7 @@ class Engine:
             request,
             position_of=self._router.queue.position,
             on_cancel=self._router.cancel,
+            client=client,
         )
         handle.deadline_timer = asyncio.get_running_loop().call_later(limit, self._router.expire, handle)
         self._router.add(handle)
@@ -237,14 +244,14 @@ class Engine:
             )
         return None
 
-    def _full(self) -> InpaintError | None:
-        if not self._router.queue.is_full:
+    def _full(self, client: Client) -> InpaintError | None:
+        if not self._router.queue.is_full(client):
             return None
         native_size = self.model.native_size if self.model is not None else 1
         return InpaintError(
             ErrorCode.OVERLOADED,
             "Too many requests are waiting.",
-            retry_after_seconds=retry_after(self._router.backlog_seconds(native_size)),
+            retry_after_seconds=retry_after(self._router.backlog_seconds(native_size, client)),
         )
 
     def _expected_load_seconds(self) -> float:

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from math import ceil
 
+from service.engine.clients import ANONYMOUS, Client
 from service.errors import InpaintError
 from service.messages import StepProgress
 from service.request import InpaintParams, InpaintRequest, InpaintResult
@@ -24,6 +25,7 @@ class Handle:
         request: What to paint.
         position_of: Its place in the queue.
         on_cancel: Told when the caller gives up.
+        client: Whose it is.
     """
 
     def __init__(
@@ -33,10 +35,13 @@ class Handle:
         request: InpaintRequest,
         position_of: Callable[["Handle"], int | None],
         on_cancel: Callable[["Handle", str], None],
+        *,
+        client: Client = ANONYMOUS,
     ) -> None:
         self.request_id = request_id
         self.key = key
         self.request = request
+        self.client = client
         self.num_losses = 0
         """How often a worker died with it; after the first time it is a *suspect*."""
         self.deadline_timer: asyncio.TimerHandle | None = None

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pkgutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -161,7 +162,12 @@ def _child(spec: WorkerSpec, connection: Connection) -> None:
     except ImportError as error:
         connection.send(CannotStart(f"the worker cannot be imported: {error}"))
         return
-    run(connection, spec.settings, spec.device, spec.cpu_threads)
+    try:
+        run(connection, spec.settings, spec.device, spec.cpu_threads)
+    except Exception:
+        # Python itself would print all that the exception says, which may be a client's text.
+        logger.exception("worker %s (%s) failed", spec.name, spec.device)
+        sys.exit(1)
 
 
 def _exit_with_parent() -> None:

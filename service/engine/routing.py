@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from service.engine.admission import WaitingQueue, backlog_seconds
+from service.engine.clients import Client
 from service.engine.dispatch import Dispatcher, Load, is_held
 from service.engine.handle import Handle, Outcome
 from service.engine.supervisor import Worker
@@ -70,10 +71,10 @@ class Router:
                 load.remove(handle.key)
                 self._end(handle, InpaintError(ErrorCode.INTERNAL, "The request failed inside the service."))
 
-    def backlog_seconds(self, native_size: int) -> float:
-        """Estimated time until everything that waits now is in a batch."""
+    def backlog_seconds(self, native_size: int, client: Client) -> float:
+        """Estimated time until everything that a client has waiting now is in a batch."""
         paces = [load.seconds_per_row_call for load in self._loads()]
-        return backlog_seconds(self.queue.num_row_calls(native_size), paces)
+        return backlog_seconds(self.queue.num_row_calls(native_size, client), paces)
 
     def _loads(self) -> dict[Load, Worker]:
         return {worker.load: worker for worker in self._workers if worker.is_ready and worker.load is not None}

@@ -154,6 +154,17 @@ def test_pages_of_other_sites_cannot_make_browsers_send_work(
         assert response.status_code == 200
 
 
+def test_bodies_that_need_no_preflight_are_no_way_around(guarded: LiveServer) -> None:
+    """A page may post text or a form without asking; from another site that is 403, and text is no request anyway."""
+    foreign = {"Origin": "https://evil.example", **bearer(KEY)}
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=frontier"):
+        body = usual_parts() + CLOSING
+        response = guarded.client.post("/v1/inpaint", content=body, headers={"Content-Type": kind, **foreign})
+        assert_problem(response, 403, "cross_origin")
+    response = guarded.client.post("/v1/inpaint", content=body, headers={"Content-Type": "text/plain", **bearer(KEY)})
+    assert_problem(response, 415, "unsupported_media")
+
+
 def test_allowed_origin_may_read_answers_also_refusals(guarded: LiveServer) -> None:
     """CORS headers are on every answer to an allowed origin, and on none to others."""
     allowed = guarded.client.get("/v1/models", headers={"Origin": SITE})

@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 
+from service.engine import clients
 from service.engine.engine import Engine, Handle
 from service.errors import ErrorCode, InpaintError
 from service.messages import StepProgress
@@ -59,12 +60,25 @@ class Client:
         self.engine = engine
 
     def submit(
-        self, number: int = 0, prompt: str = "a tree", timeout_seconds: float | None = None, **changes: Any
+        self,
+        number: int = 0,
+        prompt: str = "a tree",
+        timeout_seconds: float | None = None,
+        *,
+        client: clients.Client = clients.ANONYMOUS,
+        **changes: Any,
     ) -> Handle:
         """Submit a request whose picture, mask and seed are those of `number`."""
         params = dataclasses.replace(PARAMS, prompt=prompt, seed=number, **changes)
         image, mask = pixels(number)
-        return self.engine.submit(params, image, mask, timeout_seconds=timeout_seconds, request_id=f"request-{number}")
+        return self.engine.submit(
+            params,
+            image,
+            mask,
+            timeout_seconds=timeout_seconds,
+            request_id=f"request-{number}",
+            client=client,
+        )
 
     @staticmethod
     async def assert_right(handle: Handle) -> None:
@@ -80,6 +94,9 @@ def pixels(number: int) -> tuple[np.ndarray, np.ndarray]:
     image = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     mask = (random.random((64, 64)) < 0.5).astype(np.uint8) * 255
     return image, mask
+
+
+_PIXELS = pixels(0)
 
 
 @asynccontextmanager
@@ -130,12 +147,21 @@ async def code_of(handle: Handle) -> ErrorCode:
 class Admitted(Handle):
     """A request for tests of pure code: one without an event loop, and so without an outcome."""
 
-    def __init__(self, key: str, num_images: int = 1, *, age_seconds: float = 0.0, num_losses: int = 0) -> None:
+    def __init__(
+        self,
+        key: str,
+        num_images: int = 1,
+        *,
+        age_seconds: float = 0.0,
+        num_losses: int = 0,
+        client: clients.Client = clients.ANONYMOUS,
+    ) -> None:
         admitted_at = time.monotonic() - age_seconds
         params = dataclasses.replace(PARAMS, num_images_per_prompt=num_images)
         self.key = self.request_id = key
-        self.request = InpaintRequest(params, *pixels(0), admitted_at=admitted_at, deadline=admitted_at + 60)
+        self.request = InpaintRequest(params, *_PIXELS, admitted_at=admitted_at, deadline=admitted_at + 60)
         self.num_losses = num_losses
+        self.client = client
 
     def __repr__(self) -> str:
         return self.key

@@ -73,9 +73,9 @@ def test_queue_is_bounded() -> None:
     """The queue is full at its size, and has room again when one leaves."""
     first = Admitted("a")
     queue = queue_of(first, Admitted("b"), max_size=2)
-    assert queue.is_full
+    assert queue.is_full()
     queue.remove(first)
-    assert not queue.is_full
+    assert not queue.is_full()
 
 
 @given(st.lists(st.tuples(st.sampled_from(["append", "put_back", "remove", "take"]), st.integers(1, 8))))

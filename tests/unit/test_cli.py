@@ -1,8 +1,11 @@
 """The command line: quick help, flags of every setting, one line per failure."""
 
+import hashlib
+import io
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +106,41 @@ def test_host_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "192.0.2.1" in error
+
+
+def test_hash_key_prints_what_settings_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`hash-key` reads a key from standard input, prints its hash, and does not repeat it."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("sesame\n"))
+    assert main(["hash-key"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"sha256:{hashlib.sha256(b'sesame').hexdigest()}\n"
+    assert printed.err == ""
+
+
+def test_hash_key_needs_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing on standard input is one line and status 2, not the hash of nothing."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    assert main(["hash-key"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("inpaint-service: ")
+
+
+def test_keys_that_cannot_be_read_are_one_line_that_shows_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A missing secret file or a wrong entry ends the start before anything is loaded, and no key is printed."""
+    missing = tmp_path / "keys"
+    assert main(["serve", "--port", "0", "--api-keys-file", str(missing), "--log-level", "error"]) == 1
+    assert str(missing) in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+    assert main(["serve", "--port", "0", "--api-keys", "open,sha256:sesame", "--log-level", "error"]) == 1
+    error = capsys.readouterr().err
+    assert "--api-keys, entry 2" in error
+    assert "sesame" not in error
+    assert error.count("\n") == 1
 
 
 def test_openapi_prints_yaml(capsys: pytest.CaptureFixture[str]) -> None:

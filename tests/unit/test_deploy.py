@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -425,6 +426,30 @@ def test_constraints_cover_and_fit_the_requirements() -> None:
         if requirement.name != PROJECT["name"]:
             (pin,) = pins()[canonicalize_name(requirement.name)].specifier
             assert pin.version in requirement.specifier, requirement
+
+
+def test_what_requirements_bring_along_is_pinned() -> None:
+    """Every package that is installed for the project and its extras, however indirectly, has a pin."""
+    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    todo = [Requirement(line) for line in [*PROJECT["dependencies"], *extras]]
+    seen: set[tuple[str, str]] = set()
+    unpinned: set[str] = set()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) in seen or name == PROJECT["name"]:
+                continue
+            seen.add((name, extra))
+            try:
+                further = map(Requirement, metadata.requires(name) or [])
+            except metadata.PackageNotFoundError:
+                continue  # Of an extra that is not installed here.
+            if name not in pins():
+                unpinned.add(name)
+            todo += [one for one in further if one.marker is None or one.marker.evaluate({"extra": extra})]
+    assert len(seen) > 40
+    assert unpinned == set()
 
 
 def test_torch_may_come_from_any_index() -> None:

@@ -60,6 +60,10 @@ def test_values_are_read_from_text(name: str, text: str, value: object) -> None:
         ("max_pixels", "10"),
         ("log_level", "trace"),
         ("prediction_type", "v"),
+        ("docs_access", "everybody"),
+        ("allowed_hosts", "https://paint.example"),
+        ("allowed_hosts", "paint.example:8000"),
+        ("allowed_hosts", "paint.example,::1"),
     ],
 )
 def test_value_that_does_not_fit_is_named(name: str, text: str) -> None:
