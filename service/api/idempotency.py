@@ -6,8 +6,8 @@ from hashlib import blake2b
 
 from starlette.requests import Request
 
-from service.api.client import client_of
 from service.api.multipart import Part
+from service.api.records import record_of
 from service.errors import ErrorCode, InpaintError
 
 HEADER = "Idempotency-Key"
@@ -34,7 +34,8 @@ def request_name(request: Request) -> bytes | None:
     if len(keys) > 1 or not re.fullmatch(PATTERN, keys[0]):
         message = f"Send one {HEADER} of 1 to {MAX_CHARACTERS} printable ASCII characters."
         raise InpaintError(ErrorCode.INVALID_FIELD, message, field=HEADER)
-    return _digest(client_of(request.scope), keys[0].encode("ascii"))
+    client = record_of(request.scope).client
+    return _digest(f"{client.number} ".encode(), keys[0].encode("ascii"))
 
 
 def form_digest(parts: Iterable[Part]) -> bytes:

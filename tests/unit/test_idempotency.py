@@ -9,15 +9,18 @@ from starlette.requests import Request
 
 from service.api.idempotency import form_digest, request_name
 from service.api.multipart import Part
+from service.api.records import RequestRecord, attach_record
+from service.engine.clients import ANONYMOUS, Client
 from service.errors import ErrorCode, InpaintError
 
 parts = st.builds(Part, st.text(max_size=4), st.binary(max_size=4), st.booleans())
 forms = st.lists(parts, max_size=5)
 
 
-def name_of(*headers: tuple[str, str]) -> bytes | None:
-    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
-    return request_name(Request({"type": "http", "headers": raw}))
+def name_of(*keys: str, client: Client = ANONYMOUS) -> bytes | None:
+    scope = {"type": "http", "headers": [(b"idempotency-key", key.encode("latin-1")) for key in keys]}
+    attach_record(scope, RequestRecord("req_1", client))
+    return request_name(Request(scope))
 
 
 @given(forms.flatmap(lambda form: st.tuples(st.just(form), st.permutations(form))))
@@ -56,23 +59,19 @@ def test_what_is_easily_confused_is_not(one: Sequence[Part], other: Sequence[Par
 
 
 def test_a_name_is_one_clients_key() -> None:
-    """The same key of the same client is the same name, however the client shows who it is; else it is another."""
-    name = name_of(("Idempotency-Key", "k1"), ("Authorization", "Bearer alice"))
+    """The same key of the same client is the same name; else it is another."""
+    alice, bob = Client(1, "alice"), Client(11)
 
-    assert name == name_of(("Idempotency-Key", "k1"), ("X-API-Key", "alice"))
-    assert name == name_of(("Idempotency-Key", "k1"), ("authorization", "bearer  alice "))
-    others = [
-        name_of(("Idempotency-Key", "k2"), ("Authorization", "Bearer alice")),
-        name_of(("Idempotency-Key", "k1"), ("Authorization", "Bearer bob")),
-        name_of(("Idempotency-Key", "k1")),
-        name_of(("Idempotency-Key", '"k1"')),
-    ]
+    name = name_of("1", client=alice)
+    assert name == name_of("1", client=alice)
+    others = [name_of("2", client=alice), name_of("1", client=bob), name_of("1"), name_of('"1"', client=alice)]
     assert len({name, *others}) == 5
+    assert name_of("11", client=alice) != name_of("1", client=bob)
 
 
 def test_without_the_header_there_is_no_name() -> None:
     """A request without a key is never a repetition."""
-    assert name_of(("Authorization", "Bearer alice")) is None
+    assert name_of(client=Client(1)) is None
 
 
 @pytest.mark.parametrize(
@@ -80,12 +79,12 @@ def test_without_the_header_there_is_no_name() -> None:
 )
 def test_keys_that_are_taken(keys: list[str]) -> None:
     """Up to 255 printable ASCII characters, quoted or not."""
-    assert name_of(*(("Idempotency-Key", key) for key in keys)) is not None
+    assert name_of(*keys) is not None
 
 
 @pytest.mark.parametrize("keys", [[""], ["a" * 256], ["a\tb"], ["é"], ["a\x7f"], ["a\n"], ["a", "b"], ["a", "a"]])
 def test_keys_that_are_refused(keys: list[str]) -> None:
     """Anything else is the client's mistake, and the answer names the header, not what was sent."""
     with pytest.raises(InpaintError) as raised:
-        name_of(*(("Idempotency-Key", key) for key in keys))
+        name_of(*keys)
     assert (raised.value.code, raised.value.field) == (ErrorCode.INVALID_FIELD, "Idempotency-Key")
