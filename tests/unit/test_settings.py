@@ -1,5 +1,7 @@
 """Settings: one definition for the environment and the command line."""
 
+from pathlib import Path
+
 import pytest
 
 from service.errors import StartupError
@@ -40,6 +42,12 @@ def test_environment_is_read_and_flags_win() -> None:
         ("prediction_type", "", None),
         ("offline", "true", True),
         ("max_body_mib", "0.5", 0.5),
+        ("compile", "auto", "auto"),
+        ("compile", "on", "on"),
+        ("compile", "off", "off"),
+        ("compile_cache", "", None),
+        ("compile_cache", " ", None),
+        ("compile_cache", "~/.cache/inpaint", Path("~/.cache/inpaint")),
     ],
 )
 def test_values_are_read_from_text(name: str, text: str, value: object) -> None:
@@ -64,6 +72,10 @@ def test_values_are_read_from_text(name: str, text: str, value: object) -> None:
         ("allowed_hosts", "https://paint.example"),
         ("allowed_hosts", "paint.example:8000"),
         ("allowed_hosts", "paint.example,::1"),
+        ("compile", "true"),
+        ("compile", "1"),
+        ("compile", "ON"),
+        ("compile", ""),
     ],
 )
 def test_value_that_does_not_fit_is_named(name: str, text: str) -> None:
