@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
+from service.errors import StartupError
 from service.worker.captured import NoisePredictor
 
 
@@ -18,9 +19,15 @@ def use_compile_cache(folder: Path, name: str) -> None:
     Args:
         folder: The operator's.
         name: Of what torch's own keys do not tell apart.
+
+    Raises:
+        StartupError: The folder cannot be made.
     """
     path = folder.expanduser() / f"torch-{torch.__version__}-{name}"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(f"cannot keep compiled code in {str(folder)!r}: {error.strerror}") from error
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
 
 

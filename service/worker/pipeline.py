@@ -138,11 +138,11 @@ class InpaintPipeline:
         key = generations[0].key
         self._adapters.apply_unet(key.loras, generations[0].latents.loras)
         batch = self._gather(generations)
+        self._set_freeu(key.freeu)
         seconds = None
         if self._captured is not None and key.freeu is None and self._captured.fits(batch):
             seconds = self._captured_seconds[self._captured.tick(batch)]
         else:
-            self._set_freeu(key.freeu)
             if self._components.ip_adapter is not None:
                 self._components.ip_adapter.apply(key.ip_adapter)
             tick(self._components.unet, batch, self._pad_rows)

@@ -65,7 +65,8 @@ def warm_up(pipeline: InpaintPipeline, settings: Settings, on_stage: Callable[[s
         on_stage: Told in a few words what is being done.
 
     Raises:
-        StartupError: `compile` is on, and the model or the device cannot be compiled for.
+        StartupError: `compile` is on, and the model or the device cannot be compiled for;
+            or there is no place for compiled code where the settings ask for it.
         BatchTooLarge: There is not enough memory for one image.
         DeviceLost: The device has failed.
     """
