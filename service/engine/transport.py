@@ -2,25 +2,23 @@
 
 A pipe blocks: reading waits for the worker, and writing waits when the worker
 is too busy to read. So each pipe has a thread for either direction, and the
-event loop only ever touches a queue. Frames are `multiprocessing.connection`'s
-own: a length, then a pickled message; the worker's end is a plain `Connection`.
+event loop only ever touches a queue. The worker's end is a plain `Connection`.
 """
 
 import asyncio
 import logging
-import pickle
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import cast
 
+from service.engine.frames import read_message, write_message
 from service.messages import Command, Report
 
 logger = logging.getLogger(__name__)
-
-PICKLE_PROTOCOL = 5
 
 
 class Transport:
@@ -77,7 +75,8 @@ class Transport:
     def _read(self) -> None:
         try:
             while True:
-                self._post(self._on_report, self._connection.recv())
+                report = cast("Report", read_message(self._connection.fileno()))
+                self._post(self._on_report, report)
         except (EOFError, OSError):
             pass  # Closed, also in the middle of a frame.
         except Exception:
@@ -88,7 +87,7 @@ class Transport:
         try:
             while (command := self._outbox.get()) is not None:
                 # Pickled here, where copying megabytes of pixels stalls nobody.
-                self._connection.send_bytes(pickle.dumps(command, protocol=PICKLE_PROTOCOL))
+                write_message(self._connection.fileno(), command)
         except OSError:
             pass  # Closed.
         except Exception:
