@@ -1,7 +1,6 @@
 """The pipe to a worker, without a worker."""
 
 import asyncio
-import multiprocessing
 import os
 import pickle
 import struct
@@ -23,7 +22,7 @@ def over_a_pipe(main: Callable[[Transport, Connection, "asyncio.Queue[Report]"],
     """Run `main` with a transport, the worker's end, and what the transport has handed over."""
 
     async def run() -> None:
-        ours, theirs = multiprocessing.Pipe()
+        ours, theirs = frames.make_pipe()
         reports: asyncio.Queue[Report] = asyncio.Queue()
         transport = Transport(ours, "test", reports.put_nowait)
         try:
