@@ -33,7 +33,8 @@ def deflate(data: _Bytes) -> bytes:
 def inflate_exactly(stream: bytes, num_bytes: int) -> bytes | None:
     """What a zlib stream holds, if ISA-L is there to be quick about it and finds nothing unusual.
 
-    No more memory is used than `num_bytes` take.
+    No more memory is used than `num_bytes` take. ISA-L also takes streams with codes that are incomplete where they
+    are not used, which zlib refuses; what it gives has passed the stream's checksum.
 
     Args:
         stream: A zlib stream from anywhere.

@@ -254,13 +254,17 @@ def test_both_libraries_decode_and_refuse_alike(name: str, monkeypatch: pytest.M
 @given(name=st.sampled_from([name for name in USUAL if "block" not in name and "many" not in name]), data=st.data())
 @needs_isal
 def test_damaged_streams_are_judged_alike(name: str, data: st.DataObject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream with bytes changed, its chunk's checksum made good again, gives the same with ISA-L and without."""
+    """A stream with bytes changed, its chunk's checksum made good again, gives the same with ISA-L and without.
+
+    But for damage that no pixel is read from, e.g. to the code of a distance that never occurs: zlib refuses it,
+    and ISA-L may give the whole picture, whose checksum is right.
+    """
     stream = bytearray(stream_of(USUAL[name]))
     for _ in range(data.draw(st.integers(1, 3))):
         stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
     head = USUAL[name][: USUAL[name].index(b"IDAT") - 4]
     damaged = head + chunk(b"IDAT", bytes(stream)) + chunk(b"IEND", b"")
     with monkeypatch.context() as patch:
-        with_isal = outcome(damaged)
+        with_isal, undamaged = outcome(damaged), outcome(USUAL[name])
         patch.setattr(deflate, "_isal", None)
-        assert outcome(damaged) == with_isal
+        assert with_isal in (outcome(damaged), undamaged)
