@@ -198,31 +198,33 @@ def _speed_up(pipeline: InpaintPipeline, settings: Settings, on_stage: Callable[
         except DeviceLost:
             raise
         except Exception as error:  # noqa: BLE001 - as of the UNet
-            _give_up("the VAE", settings, error)
+            _give_up("compile the VAE", settings, error)
     logger.info("compiled and captured in %.1f s", time.monotonic() - started_at)
 
 
 def _capture(
     pipeline: InpaintPipeline, settings: Settings, on_stage: Callable[[str], None], max_rows: int, size: str
 ) -> None:
-    """The ticks; where the UNet cannot be compiled, as it is."""
+    """The ticks; where the UNet cannot be compiled, as it is, and where that cannot be captured, none."""
     on_stage(f"compiling the UNet for {size}")
 
     def on_rows(num_rows: int) -> None:
         if num_rows < max_rows:
             on_stage(f"capturing steps of {num_rows} rows")
 
-    try:
-        pipeline.capture_ticks(max_rows, is_compiled=True, on_rows=on_rows)
-    except DeviceLost:
-        raise
-    except Exception as error:  # noqa: BLE001 - a compiler has many ways to fail, none of which a model must die of
-        _give_up("the UNet", settings, error)
-        pipeline.capture_ticks(max_rows, is_compiled=False, on_rows=on_rows)
+    for is_compiled in (True, False):
+        try:
+            pipeline.capture_ticks(max_rows, is_compiled=is_compiled, on_rows=on_rows)
+        except DeviceLost:
+            raise
+        except Exception as error:  # noqa: BLE001 - a compiler has many ways to fail, none of which a model must die of
+            _give_up("compile the UNet" if is_compiled else "capture steps", settings, error)
+        else:
+            return
 
 
 def _give_up(what: str, settings: Settings, error: Exception) -> None:
     """Go on with less speed, unless the operator insists."""
     if settings.compile == "on":
-        raise StartupError(f"cannot compile {what}: {first_line(error)}") from error
-    logger.warning("%s is not compiled, which costs speed: %s", what, first_line(error), exc_info=error)
+        raise StartupError(f"cannot {what}: {first_line(error)}") from error
+    logger.warning("cannot %s, which costs speed: %s", what, first_line(error), exc_info=error)

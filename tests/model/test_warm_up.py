@@ -21,7 +21,7 @@ from service.messages import CannotStart, Loading
 from service.settings import Settings
 from service.worker import autoencoder, process, warm_up
 from service.worker import pipeline as worker_pipeline
-from service.worker.captured import NoisePredictor
+from service.worker.captured import CapturedTicks, NoisePredictor
 from service.worker.checkpoint import load
 from service.worker.compiled import noise_predictor
 from service.worker.faults import BatchTooLarge, DeviceLost
@@ -365,11 +365,36 @@ def test_unet_that_does_not_compile_is_captured_as_it_is(
     pipeline = open_pipeline(settings)
     with caplog.at_level(logging.WARNING):
         warmed_up = warm_up.warm_up(pipeline, settings, stages.append)
-    assert warnings_of(caplog) == ["the UNet is not compiled, which costs speed: no compiler"]
+    assert warnings_of(caplog) == ["cannot compile the UNet, which costs speed: no compiler"]
     assert set(pipeline.captured_seconds) == {2, 4}
     assert warmed_up.max_images == 2
     assert compiler.num_compiled == 0
     assert stages[-2:] == ["compiling the VAE for 64x64", "warming up"]
+    assert_paints(pipeline, inpainting_checkpoint)
+
+
+def test_steps_that_cannot_be_captured_are_computed_one_by_one(
+    inpainting_checkpoint: Path,
+    compiler: Compiler,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model that neither compiles nor can be captured is served all the same."""
+    compiler.unet_error = RuntimeError("no compiler")
+
+    def refuse(_self: CapturedTicks, _num_rows: int) -> float:
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(CapturedTicks, "capture", refuse)
+    settings = settings_of(inpainting_checkpoint)
+    pipeline = open_pipeline(settings)
+    with caplog.at_level(logging.WARNING):
+        warm_up.warm_up(pipeline, settings)
+    assert warnings_of(caplog) == [
+        "cannot compile the UNet, which costs speed: no compiler",
+        "cannot capture steps, which costs speed: no capture",
+    ]
+    assert not pipeline.captured_seconds
     assert_paints(pipeline, inpainting_checkpoint)
 
 
@@ -386,7 +411,7 @@ def test_vae_that_does_not_compile_stays_as_it_is(
     with caplog.at_level(logging.WARNING):
         warm_up.warm_up(pipeline, settings)
     (warning,) = warnings_of(caplog)
-    assert warning.startswith("the VAE is not compiled, which costs speed: ")
+    assert warning.startswith("cannot compile the VAE, which costs speed: ")
     assert set(pipeline.captured_seconds) == {2, 4}
     assert_paints(pipeline, inpainting_checkpoint)
 
