@@ -44,6 +44,9 @@ MAX_WRITE_SECONDS = 300.0
 RESERVED_DESCRIPTORS = 32
 """Of the process's limit, what connections leave: for pipes to workers, files and listening sockets."""
 
+SURPLUS_SECONDS = 1.0
+"""How long one connection too many waits for its request: closing before it has come would reset the connection."""
+
 # h11 merges equal ones, so that they cannot be told from one.
 _CONTENT_LENGTH = re.compile(rb"^content-length[ \t]*:", re.IGNORECASE | re.MULTILINE)
 _END_OF_HEAD = b"\r\n\r\n"
@@ -63,6 +66,7 @@ class HttpProtocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _head = b""
+    _is_surplus = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """Start waiting for a request."""
@@ -76,11 +80,16 @@ class HttpProtocol(H11Protocol):
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > max_connections():
             self._make_room()
-        if not transport.is_closing():
+        if self._is_surplus:
+            self._restart_timer(SURPLUS_SECONDS, self._refuse_surplus)
+        else:
             self._restart_timer(HEAD_SECONDS, self._on_head_timeout)
 
     def data_received(self, data: bytes) -> None:
         """Bytes have arrived: of a head, or of a body."""
+        if self._is_surplus:
+            self._refuse_surplus()
+            return
         if self.conn.their_state is h11.IDLE:
             self._head += data
             head, end, _ = self._head.partition(_END_OF_HEAD)
@@ -147,9 +156,12 @@ class HttpProtocol(H11Protocol):
         oldest = min(idle, key=lambda one: one.idle_since)
         if oldest is self:
             logger.warning("all %d connections are in use: a further one is refused", len(self.connections) - 1)
-            self._refuse(InpaintError(ErrorCode.OVERLOADED, "There are too many connections.", retry_after_seconds=1))
+            self._is_surplus = True
         else:
             oldest.transport.abort()
+
+    def _refuse_surplus(self) -> None:
+        self._refuse(InpaintError(ErrorCode.OVERLOADED, "There are too many connections.", retry_after_seconds=1))
 
     @property
     def is_idle(self) -> bool:

@@ -192,11 +192,13 @@ def test_requests_are_not_ended_for_others(few: LiveServer) -> None:
     """Where all connections have a request under way, a further one is told to come back; those go on."""
     stalled = [few.raw(multipart_head("Content-Length: 100"), b"--frontier\r\n") for _ in range(8)]
     eventually(lambda: few.run(_num_reading(few)) == 8)
-    with few.raw() as further:
+    with few.raw(PROBE) as further:
         status, headers, body = read_answer(further)
         check_problem(headers, body, 429, "overloaded")
         assert (status, headers["retry-after"], headers["connection"]) == (429, "1", "close")
         assert further.recv(1) == b""
+    with few.raw() as silent:
+        assert read_answer(silent)[0] == 429
     assert all(map(is_open, stalled))
     stalled.pop().close()
     eventually(lambda: few.run(_num_reading(few)) == 7)

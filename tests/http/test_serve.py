@@ -3,16 +3,12 @@
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.http.serve_process import process
 from tests.http.serving import (
     CLOSING,
     LiveServer,
@@ -23,48 +19,6 @@ from tests.http.serving import (
     read_answer,
     usual_parts,
 )
-
-ROOT = Path(__file__).parents[2]
-
-
-class Process:
-    """A running `serve`, and what it wrote to standard error so far."""
-
-    def __init__(self, *flags: str) -> None:
-        arguments = [sys.executable, "-m", "tests.http.serve_fake", "serve", "--port", "0", "--devices", "cpu", *flags]
-        self.process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        self.output = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stderr:
-            self.output += line
-
-    def live(self) -> LiveServer:
-        """The server, once it is ready; without its engine, which is in another process."""
-        eventually(lambda: "ready: " in self.output or self.process.poll() is not None, 30)
-        port = int(re.search(r"listens on http://127\.0\.0\.1:(\d+)", self.output)[1])
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False)
-        return LiveServer(port, engine=None, loop=None, client=client)
-
-    def exit_status(self) -> int:
-        """Wait for the end."""
-        status = self.process.wait(timeout=30)
-        self._reader.join(timeout=10)
-        return status
-
-
-@contextmanager
-def process(*flags: str) -> Iterator[Process]:
-    """A `serve` that is gone afterwards."""
-    started = Process("--log-format", "text", *flags)
-    try:
-        yield started
-    finally:
-        started.process.kill()
-        started.exit_status()
-        started.process.stderr.close()
 
 
 def held_request(live: LiveServer) -> socket.socket:
