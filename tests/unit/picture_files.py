@@ -80,3 +80,16 @@ def exif(orientation: int) -> bytes:
     block = Image.Exif()
     block[0x0112] = orientation
     return block.tobytes()
+
+
+SMALL_PICTURES = {
+    "png": saved(noise(9, 7)),
+    "palette png": saved(Image.fromarray(noise(9, 7)).quantize(8)),
+    "alpha png": saved(noise(9, 7, 4), exif=exif(6)),
+    "jpeg": saved(scene(24, 24), "JPEG", exif=exif(3)),
+    "progressive jpeg": saved(scene(24, 24), "JPEG", progressive=True),
+    "cmyk jpeg": saved(Image.fromarray(scene(24, 24)).convert("CMYK"), "JPEG"),
+    "webp": saved(scene(24, 24), "WEBP"),
+    "lossless webp": saved(noise(9, 7, 4), "WEBP", lossless=True, exif=exif(8)),
+}
+"""One of each kind that is served."""
