@@ -191,6 +191,14 @@ def usual_parts() -> bytes:
 CLOSING = f"--{BOUNDARY}--\r\n".encode()
 
 
+def large_form() -> bytes:
+    """A whole form whose answer is some megabytes, more than kernels hold for a client that does not read."""
+    pixels = scene(1100, 1100, 4)
+    pixels[..., 3] = 255
+    pixels[:64, :64, 3] = 0  # Its alpha is the mask.
+    return part("image", png(pixels), "a.png") + part("prompt", b"a red house") + CLOSING
+
+
 def head(*lines: str, path: str = "/v1/inpaint", method: str = "POST") -> bytes:
     """A request's head."""
     return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("latin-1")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
@@ -19,9 +18,8 @@ from tests.http.serving import (
     CLOSING,
     LiveServer,
     eventually,
+    large_form,
     multipart_head,
-    part,
-    png,
     serving,
     usual_parts,
 )
@@ -50,10 +48,9 @@ def hang_up(connection: socket.socket, *, is_reset: bool) -> None:
     connection.close()
 
 
-def post(server: LiveServer, prompt: bytes = b"a red house", *lines: str, image: bytes | None = None) -> socket.socket:
+def post(server: LiveServer, prompt: bytes, *lines: str) -> socket.socket:
     """A connection over which a whole request was sent."""
-    parts = usual_parts() if image is None else part("image", image, "a.png") + part("prompt", b"a red house")
-    body = parts.replace(b"a red house", prompt) + CLOSING
+    body = usual_parts().replace(b"a red house", prompt) + CLOSING
     return server.raw(multipart_head(f"Content-Length: {len(body)}", *lines), body)
 
 
@@ -133,12 +130,9 @@ def in_the_rendering(server: LiveServer, _gate: Path, patch: pytest.MonkeyPatch)
 
 def in_the_answer(server: LiveServer, _gate: Path, _patch: pytest.MonkeyPatch) -> None:
     """Most of an answer of megabytes is still to be sent."""
-    noise = np.random.default_rng(1).integers(0, 256, (1000, 1000, 4), dtype=np.uint8)
-    noise[..., 3] = 255
-    noise[:64, :64, 3] = 0  # Its alpha is the mask.
-    image = png(noise)
+    body = large_form()
     for index in range(4):
-        connection = post(server, b"a", image=image)
+        connection = server.raw(multipart_head(f"Content-Length: {len(body)}"), body)
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
         hang_up(connection, is_reset=index % 2 == 0)
 

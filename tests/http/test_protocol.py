@@ -7,20 +7,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 
 from service.api import protocol, server
 from service.api.protocol import HttpProtocol
 from tests.http.serving import (
-    CLOSING,
     LiveServer,
     check_problem,
     eventually,
     head,
+    large_form,
     multipart_head,
-    part,
-    png,
     read_answer,
     serving,
 )
@@ -52,10 +49,7 @@ def test_no_answer_waits_for_an_acknowledgement(monkeypatch: pytest.MonkeyPatch)
 
 def large_request(*lines: str) -> bytes:
     """A request whose answer is some megabytes."""
-    pixels = np.random.default_rng(1).integers(0, 256, (1100, 1100, 4), dtype=np.uint8)
-    pixels[..., 3] = 255
-    pixels[:64, :64, 3] = 0  # Its alpha is the mask.
-    body = part("image", png(pixels), "a.png") + part("prompt", b"a") + CLOSING
+    body = large_form()
     return multipart_head(f"Content-Length: {len(body)}", *lines) + body
 
 

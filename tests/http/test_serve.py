@@ -15,6 +15,8 @@ from tests.http.serving import (
     assert_problem,
     check_problem,
     eventually,
+    head,
+    large_form,
     multipart_head,
     read_answer,
     usual_parts,
@@ -82,6 +84,36 @@ def test_drain_time_is_a_bound(tmp_path: Path) -> None:
         check_problem(headers, body, status, "draining")
         assert serve.exit_status() == 0
         live.client.close()
+
+
+def test_clients_that_stall_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    """SIGTERM with half a head, half a body, half a LoRA and an answer that nobody takes: the end comes."""
+    flags = ("--drain-timeout", "3", "--lora-dir", str(tmp_path / "loras"), "--admin-keys", "admin")
+    with process(*flags) as serve:
+        live = serve.live()
+        body = large_form()
+        unread = socket.socket()
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unread.connect(("127.0.0.1", live.port))
+        unread.sendall(multipart_head(f"Content-Length: {len(body)}") + body)
+        eventually(lambda: live.metric("inpaint_images_total") == 1)
+        lines = ("Host: localhost", "Authorization: Bearer admin", "Content-Length: 1000")
+        stalled = [
+            live.raw(b"POST /v1/inpaint HTTP/1.1\r\nHost: local"),
+            live.raw(multipart_head("Content-Length: 1000"), b"--frontier\r\n"),
+            live.raw(head(*lines, path="/v1/adapters/mine", method="PUT"), b"12345"),
+            live.raw(head("Host: localhost", method="GET", path="/healthz"), b"GET /hea"),
+        ]
+        eventually(lambda: len(list((tmp_path / "loras").iterdir())) == 1)
+
+        serve.process.send_signal(signal.SIGTERM)
+
+        assert serve.exit_status() == 0
+        for connection in (unread, *stalled):
+            connection.close()
+        live.client.close()
+    assert list((tmp_path / "loras").iterdir()) == []
+    assert "Traceback" not in serve.output
 
 
 def test_second_signal_ends_at_once(tmp_path: Path) -> None:
