@@ -62,7 +62,6 @@ class Metrics:
 
         # Workers and their devices.
         self._worker_up = self._gauge("worker_up", "Whether the worker takes requests.", "worker")
-        self._max_images = self._gauge("max_images", "Images that the running batch may hold.", "worker")
         self._worker_restarts = self._counter("worker_restarts", "Times the worker was started again.", "worker")
         self._max_images = self._gauge("max_images", "Images that may run at once.", "worker")
         self._warm_up_step_seconds = self._gauge(
@@ -129,7 +128,6 @@ class Metrics:
         self._batch_rows.observe(ticked.rows)
         self._max_images.labels(worker).set(ticked.max_images)
         self._gpu_busy_ratio.labels(worker).set(ticked.busy_ratio)
-        self._max_images.labels(worker).set(ticked.max_images)
         for kind, num_bytes in ticked.memory_bytes.items():
             self._gpu_memory_bytes.labels(worker, kind).set(num_bytes)
 

@@ -16,6 +16,7 @@ from service.request import InpaintRequest, InpaintResult
 from service.settings import Settings
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
 from tests.model.mixed_requests import mixed_requests
+from tests.model.rows import Model
 from tests.model.stock import Stock
 from tests.process.faulty_worker import Faults
 from tests.process.support import metric, num_ready, until
@@ -84,9 +85,8 @@ def test_device_short_of_memory_and_then_lost(tmp_path: Path) -> None:
     """Out of memory: all are answered, in smaller batches from then on. A sticky CUDA error: a new worker answers."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     faults = Faults(checkpoint)
-    requests = [
-        one for one in mixed_requests(SCHEDULERS, 24, NATIVE_SIZE, seed=2) if one.params.num_images_per_prompt == 1
-    ]
+    model = Model(NATIVE_SIZE, width=32, loras={}, scheduler="ddim")
+    requests = [model.request(seed=seed, num_inference_steps=4 + seed) for seed in range(6)]
 
     async def paint_all(engine: Engine) -> list[InpaintResult]:
         tasks = [asyncio.create_task(paint(engine, index, one)) for index, one in enumerate(requests)]
@@ -114,5 +114,5 @@ def test_device_short_of_memory_and_then_lost(tmp_path: Path) -> None:
             assert metric(engine, "inpaint_failed_total") == 0
             return [short, lost]
 
-    for results in asyncio.run(scenario()):
-        assert_equal_to_stock(checkpoint, requests, results)
+    short, lost = asyncio.run(scenario())
+    assert_equal_to_stock(checkpoint, requests + requests, short + lost)
