@@ -73,7 +73,8 @@ def test_any_text_in_any_field(open_server: LiveServer, name: str, content: byte
         return  # A limit of less than the work takes.
     assert response.status_code in {415, 422}, response.text
     problem = check_problem(dict(response.headers), response.content, response.status_code, response.json()["code"])
-    assert problem["errors"][0]["field"] == name
+    # A mask can be widened or blurred away; then it is the mask that has nothing to repaint.
+    assert problem["errors"][0]["field"] in {name, "mask" if problem["code"] == "empty_mask" else name}
 
 
 @settings(bounded, max_examples=100)

@@ -1,6 +1,7 @@
-"""Faults are for tests alone: no operator and no client can ask the service for one."""
+"""Faults are for tests alone: no operator and no client can ask the service for one. And every promise has tests."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,14 @@ def test_the_command_starts_the_real_worker(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(Stopped):
         cli.main(["serve", "--port", "0", "--log-level", "error"])
     assert started == [engine.WORKER_TARGET] == ["service.worker.process:run"]
+
+
+def test_every_promise_has_tests() -> None:
+    """Each row of the README's table of promises names tests that there are."""
+    section = (ROOT / "README.md").read_text().partition("\n## Promises\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    for happening, _, tests in rows:
+        files = re.findall(r"`([^`]+)`", tests)
+        assert files, happening
+        assert [name for name in files if not (ROOT / "tests" / name).is_file()] == [], happening
