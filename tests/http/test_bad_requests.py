@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield live
         live.client.headers["Authorization"] = f"Bearer {KEY}"
         exposition = live.client.get("/metrics").text
-        assert 'endpoint="/v1/inpaint"' in exposition
+        assert "inpaint_requests_total{code=" in exposition
         assert 'code="5' not in exposition
     patch.undo()
 
@@ -290,7 +290,8 @@ def answer_of(server: LiveServer, sent: bytes) -> tuple[int, dict[str, str], byt
     with server.raw() as connection:
         with suppress(BrokenPipeError, ConnectionResetError):  # It has been answered already.
             connection.sendall(sent)
-        return read_answer(connection)
+        status, headers, received = read_answer(connection)
+        return status, headers, received[: int(headers["content-length"])]  # What follows answers what followed.
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
