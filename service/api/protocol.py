@@ -1,15 +1,23 @@
-"""HTTP/1.1 on a connection: uvicorn's h11 protocol, with deadlines and with errors in our own form.
+"""HTTP/1.1 on a connection: uvicorn's h11 protocol, with deadlines, a limit and errors in our own form.
 
-uvicorn waits for ever for the rest of a request's head, and answers what h11
-refuses with plain text.
+uvicorn waits for ever for the rest of a request's head, and for a client to
+take its answer; it accepts connections until the process has no descriptor
+left for anything else; it answers what h11 refuses with plain text.
 """
 
 import asyncio
+import fcntl
 import json
+import logging
 import re
+import resource
 import socket
+import struct
 import sys
+import termios
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
@@ -27,27 +35,61 @@ LINGER_SECONDS = 30.0
 Closing at once would reset the connection, and the client, still sending, might never see the answer.
 """
 
+WRITE_STALL_SECONDS = 30.0
+"""How long a client may take nothing of what waits to be sent to it."""
+
+MAX_WRITE_SECONDS = 300.0
+"""How long it may take all that waits, or one byte every now and then would hold an answer in memory for ever."""
+
+RESERVED_DESCRIPTORS = 32
+"""Of the process's limit, what connections leave: for pipes to workers, files and listening sockets."""
+
+SURPLUS_SECONDS = 1.0
+"""How long one connection too many waits for its request: closing before it has come would reset the connection."""
+
 # h11 merges equal ones, so that they cannot be told from one.
 _CONTENT_LENGTH = re.compile(rb"^content-length[ \t]*:", re.IGNORECASE | re.MULTILINE)
 _END_OF_HEAD = b"\r\n\r\n"
+
+logger = logging.getLogger(__name__)
+
+
+def max_connections() -> int:
+    """As many as the process's limit of descriptors allows, as it is now."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit - RESERVED_DESCRIPTORS)
 
 
 class HttpProtocol(H11Protocol):
     """One connection."""
 
     _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
     _head = b""
+    _is_surplus = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """Start waiting for a request."""
         super().connection_made(transport)
+        self.idle_since = time.monotonic()
+        # Every byte that the client has not taken yet counts as waiting; see `pause_writing`.
+        transport.set_write_buffer_limits(high=0)
         # asyncio leaves Nagle's algorithm on where the listening socket does not name its protocol: the end of an
         # answer then waits for the client to acknowledge its head, which kernels put off by 40 ms.
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._restart_timer(HEAD_SECONDS, self._on_head_timeout)
+        self._socket = transport.get_extra_info("socket")
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if len(self.connections) > max_connections():
+            self._make_room()
+        if self._is_surplus:
+            self._restart_timer(SURPLUS_SECONDS, self._refuse_surplus)
+        else:
+            self._restart_timer(HEAD_SECONDS, self._on_head_timeout)
 
     def data_received(self, data: bytes) -> None:
         """Bytes have arrived: of a head, or of a body."""
+        if self._is_surplus:
+            self._refuse_surplus()
+            return
         if self.conn.their_state is h11.IDLE:
             self._head += data
             head, end, _ = self._head.partition(_END_OF_HEAD)
@@ -64,10 +106,73 @@ class HttpProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    # --- answers that nobody takes ----------------------------------------------
+
+    def pause_writing(self) -> None:
+        """The client has not taken all that was sent: it has some time to do so."""
+        super().pause_writing()
+        self._give_up_at = self.loop.time() + MAX_WRITE_SECONDS
+        self._watch_writing(self._num_unsent())
+
+    def resume_writing(self) -> None:
+        """It has taken all."""
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def _watch_writing(self, num_unsent: int) -> None:
+        self._stop_write_timer()
+        seconds = min(WRITE_STALL_SECONDS, self._give_up_at - self.loop.time())
+        self._write_timer = self.loop.call_later(max(0.0, seconds), self._check_writing, num_unsent)
+
+    def _check_writing(self, num_unsent: int) -> None:
+        still_unsent = self._num_unsent()
+        if still_unsent < num_unsent and self.loop.time() < self._give_up_at:
+            self._watch_writing(still_unsent)
+            return
+        # A reset: the kernel's copy of the answer goes with ours, and the client does not take it for a whole one.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def _num_unsent(self) -> int:
+        """Bytes that the client has not acknowledged, here and in the kernel, which may hold megabytes."""
+        num_bytes = self.transport.get_write_buffer_size()
+        with suppress(OSError):  # Not every system tells of its own.
+            num_bytes += struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))[0]
+        return num_bytes
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    # --- more connections than descriptors ----------------------------------------
+
+    def _make_room(self) -> None:
+        """There are too many: the one that has been without a request for longest ends, or else this one."""
+        idle = [one for one in self.connections if isinstance(one, HttpProtocol) and one.is_idle]
+        oldest = min(idle, key=lambda one: one.idle_since)
+        if oldest is self:
+            logger.warning("all %d connections are in use: a further one is refused", len(self.connections) - 1)
+            self._is_surplus = True
+        else:
+            oldest.transport.abort()
+
+    def _refuse_surplus(self) -> None:
+        self._refuse(InpaintError(ErrorCode.OVERLOADED, "There are too many connections.", retry_after_seconds=1))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being received or answered."""
+        return self.conn.our_state is h11.IDLE and not self.transport.is_closing()
+
+    # --- answers of its own ---------------------------------------------------------
 
     def on_response_complete(self) -> None:
         """An answer was sent, maybe before the request's body was read."""
+        self.idle_since = time.monotonic()
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
             self._restart_timer(LINGER_SECONDS, self.transport.close)
@@ -101,6 +206,10 @@ class HttpProtocol(H11Protocol):
             response = h11.Response(status_code=status, headers=list(headers.items()), reason=STATUS_PHRASES[status])
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+            if self.cycle is not None:
+                # What the application may still say has nowhere to go.
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
         self.transport.close()
 
     def _restart_timer(self, seconds: float, callback: Callable[[], None]) -> None:

@@ -27,7 +27,13 @@ logger = logging.getLogger(__name__)
 # Larger than what the gate lets through, so that the gate gives the answer.
 _MAX_HEAD_BYTES = 128 * 1024
 _KEEP_ALIVE_SECONDS = 65
+
+# Connections that may wait to be accepted.
 _BACKLOG = 2048
+
+# Connections that the event loop accepts before it looks at them: few, so that it sees where there are too many while
+# descriptors are left. asyncio, once there are none, tries again at once for each that it might have accepted.
+_ACCEPTED_AT_ONCE = 2
 
 # Of the drain time, what is left for sending the last answers once they are there.
 _SENDING_SECONDS = 2.0
@@ -65,14 +71,24 @@ def server_config(app: ASGIApp, *, has_lifespan: bool = True) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=_BACKLOG,
+        backlog=_ACCEPTED_AT_ONCE,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
     )
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server with our way to stop.
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, with a long line of connections from which few are accepted at a time."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn, for which both numbers are one."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(_BACKLOG)
+
+
+class Server(HttpServer):
+    """The server with our way to stop.
 
     The first SIGTERM or SIGINT drains: new work is refused, which takes that
     the server still listens, and accepted work is answered. Then connections
@@ -119,7 +135,7 @@ class Server(uvicorn.Server):
         self.should_exit = self.force_exit = True
 
 
-class _MetricsServer(uvicorn.Server):
+class _MetricsServer(HttpServer):
     """A second server in the same loop; signals are the first one's."""
 
     @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The VAE, in batches: as it was loaded, or compiled and captured for the native size."""
 
+import copy
+
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -49,6 +51,21 @@ class Autoencoder:
             return self._decode(latents)
         pictures: torch.Tensor = self._vae.decode(latents, return_dict=False, **conditions)[0]
         return pictures
+
+    def in_float32(self) -> "Autoencoder":
+        """One whose decoder is a copy of this one's in float32, for numbers that a narrower type does not hold.
+
+        It is for decoding, and takes device memory as long as somebody has it.
+
+        Raises:
+            torch.OutOfMemoryError: There is no room for it.
+        """
+        shared = (self._vae.encoder, self._vae.quant_conv)
+        vae = copy.deepcopy(self._vae, {id(part): part for part in shared})
+        for part in (vae.post_quant_conv, vae.decoder):
+            if part is not None:
+                part.float()
+        return Autoencoder(vae)
 
     def capture(self, size: int) -> None:
         """Compile for pictures of size x size, and capture; takes a minute where nothing is cached.

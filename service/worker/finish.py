@@ -13,6 +13,7 @@ from service.errors import ErrorCode, InpaintError
 from service.request import Floats, NsfwPolicy, Output, Pixels
 from service.worker.autoencoder import MAX_BATCH, Autoencoder
 from service.worker.checkpoint import Components
+from service.worker.device_errors import is_out_of_memory
 from service.worker.safety import SafetyCheck
 from service.worker.slots import Slot
 from service.worker.stages import Finish
@@ -141,34 +142,57 @@ class Finisher:
         return str(self._components.scheduler.config.prediction_type)
 
     def _decode(self, slots: Sequence[Slot], keeps_floats: Sequence[bool]) -> list[_Decoded | None]:
-        """Pictures of finished latents; None where the decoder's output is not finite."""
-        return self._decode_latents(slots, [slot.latents for slot in slots], keeps_floats)
+        """Pictures of finished latents; None where the decoder's output is not finite, not in float32 either."""
+        pictures = self._decode_latents(slots, [slot.latents for slot in slots], keeps_floats)
+        unsound = [index for index, picture in enumerate(pictures) if picture is None]
+        if unsound and self._components.dtype is not torch.float32:
+            logger.warning("the decoder's output was not a number: %d pictures are decoded in float32", len(unsound))
+            again = self._decode_in_float32([slots[index] for index in unsound], [keeps_floats[i] for i in unsound])
+            for index, picture in zip(unsound, again, strict=True):
+                pictures[index] = picture
+        return pictures
 
     def _decode_latents(
         self, slots: Sequence[Slot], latents: Sequence[torch.Tensor], keeps_floats: Sequence[bool]
     ) -> list[_Decoded | None]:
-        components = self._components
         pictures: list[_Decoded | None] = []
         for first in range(0, len(slots), MAX_BATCH):
             batch = slice(first, first + MAX_BATCH)
-            stacked = torch.stack(list(latents[batch])).to(components.dtype) / components.vae.config.scaling_factor
-            decoded = self._autoencoder.decode(stacked, self._conditions(slots[batch]))
-            images = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-            pixels = (images * 255).round().to(torch.uint8)
-            floats = images.cpu().numpy() if any(keeps_floats[batch]) else None
-            for index, is_sound in enumerate(_are_finite(decoded)):
-                keeps = floats is not None and keeps_floats[first + index]
-                picture = _Decoded(pixels[index], floats[index] if floats is not None and keeps else None)
-                pictures.append(picture if is_sound else None)
+            decoded = self._decode_batch(self._autoencoder, slots[batch], latents[batch], self._components.dtype)
+            pictures += _pictures(decoded, keeps_floats[batch])
         return pictures
 
-    def _conditions(self, slots: Sequence[Slot]) -> dict[str, torch.Tensor]:
+    def _decode_in_float32(self, slots: Sequence[Slot], keeps_floats: Sequence[bool]) -> list[_Decoded | None]:
+        """The same, one by one, with a decoder that is gone afterwards; None also where there is no room for it.
+
+        What lacks the memory is its own failure: the batch that it shared is not tried again.
+        """
+        pictures: list[_Decoded | None] = [None] * len(slots)
+        try:
+            autoencoder = self._autoencoder.in_float32()
+            for index, slot in enumerate(slots):
+                decoded = self._decode_batch(autoencoder, [slot], [slot.latents], torch.float32)
+                (pictures[index],) = _pictures(decoded, [keeps_floats[index]])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("no memory to decode in float32: %s", error)
+        return pictures
+
+    def _decode_batch(
+        self, autoencoder: Autoencoder, slots: Sequence[Slot], latents: Sequence[torch.Tensor], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """(N, 3, H, W) from -1 to 1 where all goes well."""
+        stacked = torch.stack(list(latents)).to(dtype) / self._components.vae.config.scaling_factor
+        return autoencoder.decode(stacked, self._conditions(slots, dtype))
+
+    def _conditions(self, slots: Sequence[Slot], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """What the decoder looks at beside the latents, for those that do (`AsymmetricAutoencoderKL`)."""
         images = [slot.picture for slot in slots if slot.picture is not None]
         masks = [slot.picture_mask for slot in slots if slot.picture_mask is not None]
         if not images:
             return {}
-        device, dtype = self._components.device, self._components.dtype
+        device = self._components.device
         return {"image": torch.stack(images).to(device, dtype), "mask": torch.stack(masks).to(device, dtype)}
 
     def _check(self, pictures: dict[int, list[torch.Tensor]]) -> dict[int, tuple[bool, ...] | InpaintError]:
@@ -184,6 +208,19 @@ class Finisher:
             if len(pictures) == 1:
                 return dict.fromkeys(pictures, error)
             return {index: self._check({index: own})[index] for index, own in pictures.items()}
+
+
+def _pictures(decoded: torch.Tensor, keeps_floats: Sequence[bool]) -> list[_Decoded | None]:
+    """Pictures of what was decoded; None of what is not finite."""
+    images = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+    pixels = (images * 255).round().to(torch.uint8)
+    floats = images.cpu().numpy() if any(keeps_floats) else None
+    return [
+        _Decoded(pixels[index], floats[index] if floats is not None and keeps_floats[index] else None)
+        if is_sound
+        else None
+        for index, is_sound in enumerate(_are_finite(decoded))
+    ]
 
 
 def _images(slots: Sequence[Slot], pictures: Sequence[_Decoded], output: Output) -> Pixels | Floats:

@@ -19,6 +19,7 @@ from service.worker.captured import CapturedTicks, TickShape, row_buckets
 from service.worker.checkpoint import Components
 from service.worker.compiled import fuse_projections, noise_predictor
 from service.worker.denoise import tick
+from service.worker.device_errors import is_out_of_memory
 from service.worker.faults import BatchTooLarge, DeviceLost
 from service.worker.finish import Finisher
 from service.worker.pace import Pace
@@ -35,8 +36,6 @@ _T = TypeVar("_T")
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32)
 """UNet batch sizes of ticks on CUDA that are not captured, where each new size costs set-up; larger batches go in
 multiples of the last."""
-
-_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 def _device_faults(
@@ -56,16 +55,18 @@ def _device_faults(
         try:
             try:
                 return attempt(self, *args, **kwargs)
-            except _OUT_OF_MEMORY:
-                if not self._adapters.free():
+            except Exception as error:
+                if not (is_out_of_memory(error) and self._adapters.free()):
                     raise
             torch.cuda.empty_cache()  # Does nothing where CUDA is not in use.
             return attempt(self, *args, **kwargs)
-        except _OUT_OF_MEMORY as error:
-            torch.cuda.empty_cache()
-            raise BatchTooLarge from error
-        except torch.AcceleratorError as error:
-            raise DeviceLost(str(error)) from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                torch.cuda.empty_cache()
+                raise BatchTooLarge from error
+            if isinstance(error, torch.AcceleratorError):
+                raise DeviceLost(str(error)) from error
+            raise
 
     return wrapper
 
@@ -261,7 +262,9 @@ class InpaintPipeline:
                 if captured is None:
                     captured = CapturedTicks(predict, self._tick_shape(), components.device, components.dtype, num_rows)
                 seconds[num_rows] = captured.capture(num_rows)
-            except _OUT_OF_MEMORY:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 logger.warning("out of device memory: no ticks of %d rows are captured", num_rows)
                 if not seconds:
                     captured = None

@@ -137,6 +137,24 @@ def test_solo_requests_are_repeatable_to_the_bit(warm: InpaintPipeline) -> None:
     assert all(np.array_equal(first, images) for images in later)
 
 
+def test_overflow_is_decoded_in_float32(warm: InpaintPipeline) -> None:
+    """Latents that fp16 cannot decode give a picture, whose neighbour's is untouched; the memory it took is free."""
+    model = Model(256, 192, {}, scheduler="ddim")
+    generations = [Generation(str(seed), model.request(seed=seed)) for seed in range(2)]
+    warm.prepare(generations)
+    _, expected = warm.finish(generations)
+    allocated = torch.cuda.memory_allocated()
+    with torch.inference_mode():
+        generations[0].latents.slots[0].state[0] *= 1e6
+    overflown, sound = warm.finish(generations)
+    assert isinstance(overflown, Finish)
+    assert isinstance(sound, Finish)
+    assert isinstance(expected, Finish)
+    assert overflown.images.any()
+    assert np.array_equal(sound.images, expected.images)
+    assert torch.cuda.memory_allocated() == allocated
+
+
 def count_captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How many ticks have been replayed since."""
     calls = []

@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 
 import httpx
 import numpy as np
-import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
 
 from service.api.app import create_app
-from service.api.server import server_config
+from service.api.server import HttpServer, server_config
 from service.api.state import ServiceState
 from service.engine.engine import Engine
 from service.metrics import Metrics
@@ -110,7 +109,7 @@ async def _serve(settings: Settings, wait_ready: bool, box: dict[str, Any], is_u
     app = create_app(settings, engine, metrics)
     config = server_config(app)
     config.timeout_graceful_shutdown = 2
-    server = uvicorn.Server(config)
+    server = HttpServer(config)
     listener = socket.create_server(("127.0.0.1", 0))
     box |= {
         "port": listener.getsockname()[1],
@@ -190,6 +189,14 @@ def usual_parts() -> bytes:
 
 
 CLOSING = f"--{BOUNDARY}--\r\n".encode()
+
+
+def large_form() -> bytes:
+    """A whole form whose answer is some megabytes, more than kernels hold for a client that does not read."""
+    pixels = scene(1100, 1100, 4)
+    pixels[..., 3] = 255
+    pixels[:64, :64, 3] = 0  # Its alpha is the mask.
+    return part("image", png(pixels), "a.png") + part("prompt", b"a red house") + CLOSING
 
 
 def head(*lines: str, path: str = "/v1/inpaint", method: str = "POST") -> bytes:

@@ -3,68 +3,24 @@
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.http.serve_process import process
 from tests.http.serving import (
     CLOSING,
     LiveServer,
     assert_problem,
     check_problem,
     eventually,
+    head,
+    large_form,
     multipart_head,
     read_answer,
     usual_parts,
 )
-
-ROOT = Path(__file__).parents[2]
-
-
-class Process:
-    """A running `serve`, and what it wrote to standard error so far."""
-
-    def __init__(self, *flags: str) -> None:
-        arguments = [sys.executable, "-m", "tests.http.serve_fake", "serve", "--port", "0", "--devices", "cpu", *flags]
-        self.process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        self.output = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stderr:
-            self.output += line
-
-    def live(self) -> LiveServer:
-        """The server, once it is ready; without its engine, which is in another process."""
-        eventually(lambda: "ready: " in self.output or self.process.poll() is not None, 30)
-        port = int(re.search(r"listens on http://127\.0\.0\.1:(\d+)", self.output)[1])
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False)
-        return LiveServer(port, engine=None, loop=None, client=client)
-
-    def exit_status(self) -> int:
-        """Wait for the end."""
-        status = self.process.wait(timeout=30)
-        self._reader.join(timeout=10)
-        return status
-
-
-@contextmanager
-def process(*flags: str) -> Iterator[Process]:
-    """A `serve` that is gone afterwards."""
-    started = Process("--log-format", "text", *flags)
-    try:
-        yield started
-    finally:
-        started.process.kill()
-        started.exit_status()
-        started.process.stderr.close()
 
 
 def held_request(live: LiveServer) -> socket.socket:
@@ -128,6 +84,36 @@ def test_drain_time_is_a_bound(tmp_path: Path) -> None:
         check_problem(headers, body, status, "draining")
         assert serve.exit_status() == 0
         live.client.close()
+
+
+def test_clients_that_stall_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    """SIGTERM with half a head, half a body, half a LoRA and an answer that nobody takes: the end comes."""
+    flags = ("--drain-timeout", "3", "--lora-dir", str(tmp_path / "loras"), "--admin-keys", "admin")
+    with process(*flags) as serve:
+        live = serve.live()
+        body = large_form()
+        unread = socket.socket()
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unread.connect(("127.0.0.1", live.port))
+        unread.sendall(multipart_head(f"Content-Length: {len(body)}") + body)
+        eventually(lambda: live.metric("inpaint_images_total") == 1)
+        lines = ("Host: localhost", "Authorization: Bearer admin", "Content-Length: 1000")
+        stalled = [
+            live.raw(b"POST /v1/inpaint HTTP/1.1\r\nHost: local"),
+            live.raw(multipart_head("Content-Length: 1000"), b"--frontier\r\n"),
+            live.raw(head(*lines, path="/v1/adapters/mine", method="PUT"), b"12345"),
+            live.raw(head("Host: localhost", method="GET", path="/healthz"), b"GET /hea"),
+        ]
+        eventually(lambda: len(list((tmp_path / "loras").iterdir())) == 1)
+
+        serve.process.send_signal(signal.SIGTERM)
+
+        assert serve.exit_status() == 0
+        for connection in (unread, *stalled):
+            connection.close()
+        live.client.close()
+    assert list((tmp_path / "loras").iterdir()) == []
+    assert "Traceback" not in serve.output
 
 
 def test_second_signal_ends_at_once(tmp_path: Path) -> None:

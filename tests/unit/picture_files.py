@@ -13,6 +13,15 @@ Pixels = NDArray[np.uint8]
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 
+PICTURE_HEADERS = {
+    "PSD": b"8BPS\0\1" + bytes(64),
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "HTML": b"<!DOCTYPE html><html>",
+    "PDF": b"%PDF-1.7" + bytes(64),
+    "AVIF": b"\0\0\0\x20ftypavif" + bytes(64),
+}
+"""How files of kinds begin that are not served, and that Pillow cannot write."""
+
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> Pixels:
     """(H, W, channels) random pixels, or (H, W) for one channel."""
@@ -71,3 +80,16 @@ def exif(orientation: int) -> bytes:
     block = Image.Exif()
     block[0x0112] = orientation
     return block.tobytes()
+
+
+SMALL_PICTURES = {
+    "png": saved(noise(9, 7)),
+    "palette png": saved(Image.fromarray(noise(9, 7)).quantize(8)),
+    "alpha png": saved(noise(9, 7, 4), exif=exif(6)),
+    "jpeg": saved(scene(24, 24), "JPEG", exif=exif(3)),
+    "progressive jpeg": saved(scene(24, 24), "JPEG", progressive=True),
+    "cmyk jpeg": saved(Image.fromarray(scene(24, 24)).convert("CMYK"), "JPEG"),
+    "webp": saved(scene(24, 24), "WEBP"),
+    "lossless webp": saved(noise(9, 7, 4), "WEBP", lossless=True, exif=exif(8)),
+}
+"""One of each kind that is served."""

@@ -12,20 +12,10 @@ from PIL import Image
 
 from service.errors import ErrorCode, InpaintError
 from service.imaging import Upload, decode_upload
-from tests.unit.picture_files import GREY, RGB, SIGNATURE, chunk, exif, noise, png, saved, scene, small_png
+from tests.unit.picture_files import GREY, RGB, SIGNATURE, SMALL_PICTURES, chunk, noise, png, saved, scene, small_png
 
 MAX_PIXELS = 100_000
 
-PICTURES = {
-    "png": saved(noise(9, 7)),
-    "palette png": saved(Image.fromarray(noise(9, 7)).quantize(8)),
-    "alpha png": saved(noise(9, 7, 4), exif=exif(6)),
-    "jpeg": saved(scene(24, 24), "JPEG", exif=exif(3)),
-    "progressive jpeg": saved(scene(24, 24), "JPEG", progressive=True),
-    "cmyk jpeg": saved(Image.fromarray(scene(24, 24)).convert("CMYK"), "JPEG"),
-    "webp": saved(scene(24, 24), "WEBP"),
-    "lossless webp": saved(noise(9, 7, 4), "WEBP", lossless=True, exif=exif(8)),
-}
 BAD_INPUT = {
     ErrorCode.INVALID_IMAGE,
     ErrorCode.UNSUPPORTED_MEDIA,
@@ -52,10 +42,10 @@ def code_of(image: bytes, *, max_pixels: int = MAX_PIXELS) -> ErrorCode | None:
     return outcome.code
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", SMALL_PICTURES)
 def test_truncated_files_are_refused(name: str) -> None:
     """A file cut at any byte is `invalid_image`, unless everything but an end mark was there and it decodes in full."""
-    data = PICTURES[name]
+    data = SMALL_PICTURES[name]
     whole = decoded(data)
     assert isinstance(whole, Upload)
     step = max(1, len(data) // 150)
@@ -68,10 +58,10 @@ def test_truncated_files_are_refused(name: str) -> None:
             assert outcome.code is ErrorCode.INVALID_IMAGE, length
 
 
-@pytest.mark.parametrize("name", [name for name in PICTURES if "png" in name])
+@pytest.mark.parametrize("name", [name for name in SMALL_PICTURES if "png" in name])
 def test_a_png_with_any_byte_changed_is_refused(name: str) -> None:
     """Checksums are verified, those of the pixels too: no corrupt PNG is taken for a picture."""
-    data = bytearray(PICTURES[name])
+    data = bytearray(SMALL_PICTURES[name])
     for position in range(len(data)):
         data[position] ^= 0x10
         assert code_of(bytes(data)) in BAD_INPUT, position
@@ -86,10 +76,10 @@ def test_garbage_never_raises_anything_else(data: bytes, prefix: bytes) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from(sorted(PICTURES)), data=st.data())
+@given(name=st.sampled_from(sorted(SMALL_PICTURES)), data=st.data())
 def test_damaged_files_never_raise_anything_else(name: str, data: st.DataObject) -> None:
     """Real files with bytes changed decode or are refused with a documented code."""
-    damaged = bytearray(PICTURES[name])
+    damaged = bytearray(SMALL_PICTURES[name])
     for _ in range(data.draw(st.integers(1, 6))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     assert code_of(bytes(damaged)) in {None, *BAD_INPUT}
@@ -129,7 +119,7 @@ def test_any_chunk_content_is_survived(kind: bytes, body: bytes) -> None:
 def test_broken_exif_never_costs_the_request(body: bytes, order: bytes) -> None:
     """EXIF of any content, in any format, is at worst ignored."""
     block = b"Exif\0\0" + order + body
-    jpeg = PICTURES["progressive jpeg"]
+    jpeg = SMALL_PICTURES["progressive jpeg"]
     assert code_of(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + jpeg[2:]) is None
     # Without JFIF header Pillow reads the resolution from EXIF while opening.
     assert code_of(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + jpeg[20:]) is None
@@ -182,7 +172,7 @@ def test_empty_and_meaningless_files_are_invalid(data: bytes) -> None:
 def test_faults_of_the_mask_name_the_mask() -> None:
     """The field at fault is the file at fault."""
     with pytest.raises(InpaintError) as caught:
-        decode_upload(PICTURES["png"], b"", max_pixels=MAX_PIXELS)
+        decode_upload(SMALL_PICTURES["png"], b"", max_pixels=MAX_PIXELS)
     assert (caught.value.code, caught.value.field) == (ErrorCode.INVALID_IMAGE, "mask")
 
 
@@ -193,7 +183,7 @@ def huge_png(side: int) -> bytes:
 
 def huge_jpeg() -> bytes:
     """A JPEG whose header states 60000x60000."""
-    data = PICTURES["progressive jpeg"]
+    data = SMALL_PICTURES["progressive jpeg"]
     frame = data.index(b"\xff\xc2")
     return data[: frame + 5] + struct.pack(">2H", 60000, 60000) + data[frame + 9 :]
 
@@ -230,7 +220,7 @@ def test_too_many_pixels_is_told_from_the_header(data: bytes) -> None:
 def test_the_pixel_limit_is_the_callers() -> None:
     """The limit is exact, and Pillow's own limit for all callers is left alone."""
     before = Image.MAX_IMAGE_PIXELS
-    data = PICTURES["png"]
+    data = SMALL_PICTURES["png"]
     assert code_of(data, max_pixels=63) is None
     assert code_of(data, max_pixels=62) is ErrorCode.TOO_MANY_PIXELS
     # Within our limit but beyond Pillow's: only the missing pixels are at fault.
@@ -279,7 +269,7 @@ def test_bombs_in_a_pngs_chunks_are_refused(bomb: bytes) -> None:
 
 def test_bombs_in_a_jpegs_header_are_refused() -> None:
     """Segments, fill bytes or scans without end are `invalid_image`."""
-    jpeg = PICTURES["progressive jpeg"]
+    jpeg = SMALL_PICTURES["progressive jpeg"]
     scan = jpeg[jpeg.index(b"\xff\xda") : -2]
     assert code_of(jpeg[:2] + b"\xff\xe5\0\2" * 5000 + jpeg[2:]) is ErrorCode.INVALID_IMAGE
     assert code_of(jpeg[:2] + b"\xff" * 5000 + jpeg[2:]) is ErrorCode.INVALID_IMAGE
