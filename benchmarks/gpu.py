@@ -83,7 +83,7 @@ def start_all(
     return running
 
 
-def run(measurement: Measurement, all_starters: dict[str, Starter], *, is_cache_filled: bool) -> None:
+def run(measurement: Measurement, all_starters: dict[str, Starter], *, is_cache_filled: bool = False) -> None:
     """Start, measure, end.
 
     Args:

@@ -190,7 +190,8 @@ def test_one_client_cannot_take_all_uploads() -> None:
 def test_log_names_clients_and_never_their_keys(caplog: pytest.LogCaptureFixture) -> None:
     """A request's line has the name that the operator gave its key, where there is one; no key is ever logged."""
     keys = f"shop={NAMELESS}-1,urgent:priority={hash_of(URGENT)},{NAMELESS}"
-    with serving(api_keys=keys, admin_keys=f"root={ADMIN}") as server, caplog.at_level(logging.DEBUG):
+    # A line is written once the client has its answer: all of them are there when the server has ended.
+    with caplog.at_level(logging.DEBUG), serving(api_keys=keys, admin_keys=f"root={ADMIN}") as server:
         for key in (f"{NAMELESS}-1", URGENT, NAMELESS, ADMIN, "wrong-key"):
             server.inpaint({"X-API-Key": key}, image=png(scene()))
 

@@ -172,6 +172,13 @@ def test_the_service_starts_without_and_with_its_cache(tmp_path: Path) -> None:
     ]
 
 
+def test_filled_cache_spares_the_cold_start(tmp_path: Path) -> None:
+    """There is none to be measured."""
+    measurement = Measurement(tmp_path, {}, INSTANT, Budget(0.0), "cpu", seed=1)
+    gpu.run(measurement, {SERVICE: lambda: made_up("a", painting)}, is_cache_filled=True)
+    assert [start["cache"] for start in measurement.document()["starts"]] == ["cached"]
+
+
 # --- page --------------------------------------------------------------------------
 
 
