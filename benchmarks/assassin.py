@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import psutil
+
 from benchmarks.chaos_log import WorkersLog
 
 KILL = "SIGKILL"
@@ -16,7 +18,10 @@ SHORT_STOP = "SIGSTOP, shorter than the hang timeout"
 LONG_STOP = "SIGSTOP, until it is replaced"
 KINDS = (KILL, SHORT_STOP, LONG_STOP)
 
-POLL_SECONDS = 0.1
+CAREFUL_SHARE = 0.75
+"""Share of attacks that wait until all workers are ready: without, workers would do nothing but start."""
+
+POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 15.0
 """How long beyond the hang timeout a stopped worker is waited for."""
 
@@ -59,12 +64,19 @@ class Assassin:
 
     async def run(self, is_over: Callable[[], bool]) -> None:
         """Until it is over; nothing is stopped any more then."""
-        next_at = time.monotonic() + self._pause()
         while not is_over():
-            await asyncio.sleep(POLL_SECONDS)
-            if time.monotonic() >= next_at:
-                await self._attack(self._draw.choice(KINDS))
-                next_at = time.monotonic() + self._pause()
+            next_at = time.monotonic() + self._pause()
+            is_careful = self._draw.random() < CAREFUL_SHARE
+            kind = self._draw.choice(KINDS)
+            # A state of other processes sends no event.
+            while not is_over() and (time.monotonic() < next_at or (is_careful and not self._are_all_ready())):  # noqa: ASYNC110
+                await asyncio.sleep(POLL_SECONDS)
+            if not is_over():
+                await self._attack(kind)
+
+    def _are_all_ready(self) -> bool:
+        log = self._look()
+        return log.ready == set(log.current)
 
     def _pause(self) -> float:
         return self._draw.expovariate(1 / self._interval_seconds)
@@ -97,7 +109,7 @@ class Assassin:
             give_up_at = time.monotonic() + self._hang_timeout_seconds + PATIENCE_SECONDS
             while time.monotonic() < give_up_at:
                 await asyncio.sleep(POLL_SECONDS)
-                if pid not in self._look().current.values():
+                if not psutil.pid_exists(pid):
                     return True
             return False
         finally:

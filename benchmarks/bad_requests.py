@@ -56,8 +56,9 @@ def bad_requests(job: Job, headers: Mapping[str, str], max_body_bytes: int) -> t
     content_type = _header(whole, "Content-Type")
     size = (job.size, job.size)
     too_many_headers = {f"X-Filler-{number}": "1" for number in range(120)}
-    chunks = b"".join(b"%x\r\n%s\r\n" % (CHUNK_BYTES, bytes(CHUNK_BYTES)) for _ in range(max_body_bytes // CHUNK_BYTES))
-    too_large = chunks + b"%x\r\n%s\r\n0\r\n\r\n" % (CHUNK_BYTES, bytes(CHUNK_BYTES))
+    # The last part goes on and on, so that nothing but its length is wrong with the body.
+    endless = unclosed.rpartition(b"\r\n--")[0] + bytes(max_body_bytes)
+    too_large = b"".join(_chunk(endless[at : at + CHUNK_BYTES]) for at in range(0, len(endless), CHUNK_BYTES))
     multipart = {**headers, "Content-Type": content_type}
     return (
         BadRequest("no closing boundary", with_body(PATH, unclosed, multipart), 400, "malformed_multipart"),
@@ -79,7 +80,7 @@ def bad_requests(job: Job, headers: Mapping[str, str], max_body_bytes: int) -> t
         ),
         BadRequest(
             "too large, in chunks",
-            with_body(PATH, too_large, {**multipart, "Transfer-Encoding": "chunked"}),
+            with_body(PATH, too_large + _chunk(b""), {**multipart, "Transfer-Encoding": "chunked"}),
             413,
             "body_too_large",
         ),
@@ -101,6 +102,10 @@ def bad_requests(job: Job, headers: Mapping[str, str], max_body_bytes: int) -> t
         BadRequest("unknown LoRA", form({"loras": '[{"name": "../x"}]'}), 422, "unknown_lora"),
         BadRequest("too many headers", form(**too_many_headers), 431, "headers_too_large"),
     )
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def _header(wire: Wire, name: str) -> str:

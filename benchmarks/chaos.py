@@ -21,9 +21,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +31,19 @@ import psutil
 
 from benchmarks.assassin import Assassin, Attack
 from benchmarks.bad_requests import bad_requests
-from benchmarks.cases import Known, WrongAnswerError, mixed_cases, served_model, take_references
-from benchmarks.chaos_log import RECOVERY_SECONDS, WorkersLog, read_log
+from benchmarks.cases import mixed_cases, served_model
+from benchmarks.chaos_log import WorkersLog, read_log
+from benchmarks.chaos_report import DOCUMENTED, Chaos, Left, chaos_document, chaos_markdown, chaos_verdicts
 from benchmarks.checkpoints import make_checkpoint
 from benchmarks.exchange import Address, address_of, exchange
-from benchmarks.fault_plan import CODE_OF_KIND, PLAN_VARIABLE, Fault, FaultPlan
+from benchmarks.fault_plan import PLAN_VARIABLE, FaultPlan
 from benchmarks.load import GOOD
-from benchmarks.mixed import (
-    HUNG_UP,
-    MixedTraffic,
-    Outcome,
-    faults_of,
-    is_answered,
-    num_good,
-    num_unanswered,
-    num_wrong,
-    tally,
-)
-from benchmarks.paced import OVERLOADED, SERVER_ERROR
-from benchmarks.report import machine_facts, words
+from benchmarks.mixed import MixedTraffic, Outcome, faults_of
+from benchmarks.references import Known, WrongAnswerError, take_references
+from benchmarks.report import machine_facts
 from benchmarks.scrape import scrape
 from benchmarks.servers import Server, ServerFailedError, Where, inpaint_service
-from benchmarks.tables import table
-from benchmarks.verdicts import Verdict, all_hold, equals, verdict_table
+from benchmarks.verdicts import all_hold
 
 BUNDLED = "demo"
 DEVICES = "cpu,cpu"
@@ -68,12 +57,8 @@ ANSWER_SECONDS = 200.0
 READY_SECONDS = 150.0
 REST_SECONDS = 40.0
 STOP_SECONDS = 30.0
+LEAVING_SECONDS = 5.0
 POLL_SECONDS = 0.2
-
-NOT_READY, WORKER_LOST = "503 not_ready", "503 worker_lost"
-DOCUMENTED = frozenset({OVERLOADED, NOT_READY, WORKER_LOST, *CODE_OF_KIND.values()})
-LOSSES_OF_WORKER_LOST = 2
-"""A request is run again after the first worker that it is lost with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,54 +76,6 @@ class Plan:
     steps: tuple[int, int]
     attack_seconds: float
     fault_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """What there is at rest.
-
-    Attributes:
-        descriptors: Of the API process.
-        processes: That it started, and they.
-        files: In the service's temporary folder.
-    """
-
-    descriptors: int
-    processes: int
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Chaos:
-    """What was seen.
-
-    Attributes:
-        outcomes: Of every request sent while things went wrong.
-        faults: Injected inside.
-        attacks: From outside.
-        log: What the service said of its workers.
-        is_ready_again: Whether both workers were ready in the end.
-        num_cases: Requests sent once more in the end, alone.
-        num_good_in_the_end: Those of them that were answered as before.
-        before: At rest, before anything went wrong.
-        after: At rest, in the end.
-        num_processes_left: When the service had ended.
-        files_left: In its temporary folder then.
-        exit_status: Its own, after SIGTERM; None when it had to be killed.
-    """
-
-    outcomes: tuple[Outcome, ...]
-    faults: tuple[Fault, ...]
-    attacks: tuple[Attack, ...]
-    log: WorkersLog
-    is_ready_again: bool
-    num_cases: int
-    num_good_in_the_end: int
-    before: Left
-    after: Left
-    num_processes_left: int
-    files_left: tuple[str, ...]
-    exit_status: int | None
 
 
 class Run:
@@ -186,7 +123,7 @@ class Run:
         if not await self._becomes_ready(server):
             raise ServerFailedError(f"only some workers became ready:\n{self._log_text()[-2000:]}")
         served = served_model(server.base_url, HEADERS)
-        cases = mixed_cases(served.size, self._plan.steps, served.adapters, self._seed)
+        cases = mixed_cases(served, self._plan.steps, self._seed)
         known = await take_references(address, cases, HEADERS)
         before = await asyncio.to_thread(self._left, server)
 
@@ -210,7 +147,7 @@ class Run:
             num_good_in_the_end=sum(one.outcome == GOOD for one in findings),
             before=before,
             after=after,
-            num_processes_left=_num_in_session(server.pid),
+            num_processes_left=await asyncio.to_thread(_num_left, server.pid),
             files_left=self._files(),
             exit_status=exit_status,
         )
@@ -291,114 +228,19 @@ def _end(pid: int) -> int | None:
     return status
 
 
-def _num_in_session(leader: int) -> int:
-    """Processes of the session that a process has led."""
-    count = 0
-    for pid in psutil.pids():
-        try:
-            count += os.getsid(pid) == leader
-        except (ProcessLookupError, PermissionError):
-            continue
+def _num_left(leader: int) -> int:
+    """Processes of the session that a process has led, once they have had the time to notice that it is gone."""
+    give_up_at = time.monotonic() + LEAVING_SECONDS
+    while (count := sum(_is_in_session(pid, leader) for pid in psutil.pids())) and time.monotonic() < give_up_at:
+        time.sleep(POLL_SECONDS)
     return count
 
 
-# --- the verdicts -----------------------------------------------------------------------
-
-
-def is_explained(outcome: Outcome, faults: Sequence[Fault], num_losses: int) -> bool:
-    """Whether an answer of 5xx is one that the faults account for."""
-    if outcome.outcome in (NOT_READY, WORKER_LOST):
-        return num_losses >= (LOSSES_OF_WORKER_LOST if outcome.outcome == WORKER_LOST else 1)
-    if outcome.outcome in CODE_OF_KIND.values():
-        return any(
-            CODE_OF_KIND.get(fault.kind) == outcome.outcome and outcome.request_id in fault.victims for fault in faults
-        )
-    return outcome.fault is None  # A deadline that the client itself has set.
-
-
-def chaos_verdicts(found: Chaos) -> list[Verdict]:
-    """What is promised whatever goes wrong."""
-    owed = [one for one in found.outcomes if one.outcome != HUNG_UP]
-    errors = [one for one in owed if one.status is not None and one.status >= SERVER_ERROR]
-    unexplained = [one for one in errors if not is_explained(one, found.faults, found.log.num_losses)]
-    judged = [one for one in found.log.recoveries if one.num_losses == 1]
-    late = [one for one in judged if not one.is_in_time]
-    return [
-        equals("requests answered exactly once, of those that waited", sum(map(is_answered, owed)), len(owed)),
-        equals("unanswered", num_unanswered(found.outcomes), 0),
-        equals("wrong pictures and wrong refusals", num_wrong(found.outcomes), 0),
-        equals("answers of 5xx that no fault accounts for", len(unexplained), 0),
-        equals("unexpected answers of any kind", sum(one.fault is not None for one in found.outcomes), 0),
-        Verdict(
-            f"ready again within load time + {RECOVERY_SECONDS:g} s (+ the pause after repeated losses)",
-            "all",
-            f"{len(judged) - len(late)} of {len(judged)}",
-            bool(judged) and not late,
-        ),
-        Verdict("both workers ready in the end", "yes", "yes" if found.is_ready_again else "no", found.is_ready_again),
-        equals("right answers in the end, each request alone", found.num_good_in_the_end, found.num_cases),
-        equals("processes at rest", found.after.processes, found.before.processes),
-        Verdict(
-            "descriptors of the API process at rest",
-            f"at most {found.before.descriptors}",
-            str(found.after.descriptors),
-            found.after.descriptors <= found.before.descriptors,
-        ),
-        equals("temporary files at rest, beside those at the start", len(_new_files(found)), 0),
-        equals("processes left", found.num_processes_left, 0),
-        equals("temporary files left", len(found.files_left), 0),
-        Verdict("exit status after SIGTERM", "0", str(found.exit_status), found.exit_status == 0),
-        Verdict(
-            "faults were injected, from inside and outside",
-            "yes",
-            f"{len(found.faults)} and {len(found.attacks)}",
-            bool(found.faults and found.attacks),
-        ),
-    ]
-
-
-def _new_files(found: Chaos) -> set[str]:
-    return set(found.after.files) - set(found.before.files)
-
-
-def injected(found: Chaos) -> dict[str, int]:
-    """How many faults of each kind."""
-    return dict(Counter([one.kind for one in found.attacks] + [one.kind for one in found.faults]).most_common())
-
-
-def chaos_markdown(found: Chaos, verdicts: Sequence[Verdict], facts: dict[str, Any]) -> str:
-    """The report."""
-    sent = [["sent", str(len(found.outcomes))], ["painted, as each was alone", str(num_good(found.outcomes))]]
-    answers = [[outcome, str(count)] for outcome, count in tally(found.outcomes).items() if outcome != GOOD]
-    recoveries = [one.seconds for one in found.log.recoveries if one.num_losses == 1]
-    beside = [one.beside_seconds for one in found.log.recoveries if one.num_losses == 1]
-    summary = {"worker losses": found.log.num_losses, "worker processes": len(found.log.pids)}
-    if recoveries:
-        summary |= {
-            "ready after a loss, longest": f"{max(recoveries):.1f} s",
-            "of it beside loading and pauses, longest": f"{max(beside):.1f} s",
-        }
-    parts = [
-        verdict_table(verdicts),
-        table(("requests", "count"), sent + answers),
-        table(("fault", "injected"), [[kind, str(count)] for kind, count in injected(found).items()]),
-        "\n".join(f"- {name}: {words(value)}" for name, value in (summary | facts).items()),
-    ]
-    return "\n\n".join(parts)
-
-
-def chaos_document(found: Chaos, verdicts: Sequence[Verdict], facts: dict[str, Any]) -> dict[str, Any]:
-    """Everything, for `json.dump`."""
-    log = asdict(found.log) | {"ready": sorted(found.log.ready)}
-    return {
-        "facts": facts,
-        "verdicts": [asdict(verdict) for verdict in verdicts],
-        "answers": tally(found.outcomes),
-        "unexpected": faults_of(found.outcomes),
-        "injected": injected(found),
-        **asdict(found),
-        "log": log,
-    }
+def _is_in_session(pid: int, leader: int) -> bool:
+    try:
+        return os.getsid(pid) == leader
+    except (ProcessLookupError, PermissionError):
+        return False
 
 
 def main() -> int:
@@ -409,7 +251,7 @@ def main() -> int:
     started_at = time.perf_counter()
     facts: dict[str, Any] = machine_facts()
     if arguments.quick:
-        plan = Plan(60 * (arguments.minutes or 0.75), steps=(4, 12), attack_seconds=6.0, fault_seconds=3.0)
+        plan = Plan(60 * (arguments.minutes or 0.75), steps=(3, 6), attack_seconds=6.0, fault_seconds=4.0)
     else:
         plan = Plan(60 * (arguments.minutes or 10.0), steps=(2, 4), attack_seconds=25.0, fault_seconds=12.0)
     with tempfile.TemporaryDirectory() as folder:

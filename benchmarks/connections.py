@@ -9,11 +9,12 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.cases import Case, equal_cases, served_model, take_references
+from benchmarks.cases import Case, equal_cases, served_model
 from benchmarks.exchange import Address, AnswerParser, Wire, address_of, connected, with_body
 from benchmarks.figures import median_ratio
 from benchmarks.load import GOOD, WRONG_PICTURE
 from benchmarks.paced import Load, PacedTraffic
+from benchmarks.references import take_references
 from benchmarks.servers import Server
 from benchmarks.verdicts import Verdict, at_least, equals
 
@@ -80,7 +81,7 @@ async def measure_connections(
     allow_descriptors(plan.num_idle + plan.num_slow + SPARE_DESCRIPTORS)
     served = served_model(server.base_url, headers)
     address = address_of(server.base_url)
-    known = await take_references(address, equal_cases(served.size, plan.num_steps, seed), headers)
+    known = await take_references(address, equal_cases(served, plan.num_steps, seed), headers)
     traffic = PacedTraffic(address, known, headers, ANSWER_SECONDS)
     num_clients = 2 * served.max_images
     crowd = _Crowd(address, known.cases[0], headers, plan)

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from benchmarks.bad_requests import STAGES, BadRequest, hang_up
-from benchmarks.cases import Known, code_in
 from benchmarks.exchange import Address, Exchange, exchange
 from benchmarks.load import GOOD, NO_ANSWER, WRONG_PICTURE
+from benchmarks.references import Known, code_in
 
 BAD_SHARE = 0.35
 HANG_UP_SHARE = 0.15
@@ -30,7 +30,7 @@ class Outcome:
 
     Attributes:
         name: Which it was.
-        outcome: As in `benchmarks.cases.Finding`, `HUNG_UP` for those that wanted no answer, or
+        outcome: As in `benchmarks.references.Finding`, `HUNG_UP` for those that wanted no answer, or
             `WRONG_REFUSAL` for a bad request that was not refused as it must be.
         status: Of the answer, None without one.
         request_id: The service's name for the request; empty without one.

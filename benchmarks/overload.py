@@ -9,11 +9,12 @@ from typing import Any
 import httpx
 
 from benchmarks.arrivals import poisson_arrivals
-from benchmarks.cases import equal_cases, served_model, take_references
+from benchmarks.cases import equal_cases, served_model
 from benchmarks.exchange import address_of
 from benchmarks.figures import percentile
 from benchmarks.load import GOOD, WRONG_PICTURE
 from benchmarks.paced import OVERLOADED, Load, PacedTraffic
+from benchmarks.references import take_references
 from benchmarks.servers import Server
 from benchmarks.verdicts import Verdict, at_least, at_most, equals
 
@@ -73,7 +74,7 @@ async def measure_overload(server: Server, headers: Mapping[str, str], plan: Ove
     """
     served = served_model(server.base_url, headers)
     address = address_of(server.base_url)
-    known = await take_references(address, equal_cases(served.size, plan.num_steps, seed), headers)
+    known = await take_references(address, equal_cases(served, plan.num_steps, seed), headers)
     traffic = PacedTraffic(address, known, headers, ANSWER_SECONDS)
     # More clients than the batch has places: the next request is always there.
     num_clients = 2 * served.max_images

@@ -5,10 +5,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.cases import Known
 from benchmarks.exchange import Address, Exchange, Wire, exchange
 from benchmarks.figures import steady_rates
 from benchmarks.load import GOOD, NO_ANSWER, Answer, Round
+from benchmarks.references import Known
 
 OVERLOADED = "429 overloaded"
 SERVER_ERROR = 500
@@ -24,7 +24,7 @@ class Sent:
         ended_seconds: When its answer was complete.
         after_sending_seconds: From its last byte to the end of the answer.
         working_seconds: What the service says that it spent on it, waiting not counted; 0 where it says nothing.
-        outcome: As in `benchmarks.cases.Finding`.
+        outcome: As in `benchmarks.references.Finding`.
         status: Of the answer, None without one.
         has_retry_after: Whether the answer says when to come back, in whole seconds from 1.
         num_steps: Steps that it asked for.

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import WrongAnswerError
 from benchmarks.checkpoints import make_checkpoint
 from benchmarks.connections import (
     ConnectionsPlan,
@@ -42,6 +41,7 @@ from benchmarks.connections import (
     measure_connections,
 )
 from benchmarks.overload import OverloadPlan, measure_overload, overload_document, overload_facts, overload_verdicts
+from benchmarks.references import WrongAnswerError
 from benchmarks.report import machine_facts, num_cores, words
 from benchmarks.servers import Server, ServerFailedError, Where, inpaint_service
 from benchmarks.soak import MAX_BODY_MIB, SoakPlan, soak, soak_document, soak_facts, soak_verdicts

@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 from benchmarks.bad_requests import bad_requests
-from benchmarks.cases import Known, Served, mixed_cases, served_model, take_references
+from benchmarks.cases import Served, mixed_cases, served_model
 from benchmarks.exchange import address_of
 from benchmarks.flatness import Growth, growth
 from benchmarks.mixed import (
@@ -29,6 +29,7 @@ from benchmarks.mixed import (
     tally,
 )
 from benchmarks.paced import OVERLOADED, SERVER_ERROR
+from benchmarks.references import Known, take_references
 from benchmarks.scrape import scrape
 from benchmarks.servers import Server
 from benchmarks.soak_server import INSIDE_PATH
@@ -136,7 +137,7 @@ async def soak(
 
 
 async def _known(server: Server, headers: Mapping[str, str], served: Served, plan: SoakPlan, seed: int) -> Known:
-    cases = mixed_cases(served.size, plan.steps, served.adapters, seed)
+    cases = mixed_cases(served, plan.steps, seed)
     return await take_references(address_of(server.base_url), cases, headers)
 
 
