@@ -3,8 +3,8 @@
     python -m benchmarks.promises --out DIR [--quick] [--parts overload,soak,connections] [--model FOLDER]
 
 The service is started as a process on 127.0.0.1, as `inpaint-service serve` starts it, with
-the bundled demo model on a CPU; `--quick` serves a tiny model of random weights, and takes
-about two minutes in all.
+the bundled demo model on a CPU, which takes about 17 minutes on two idle cores; `--quick` serves a
+tiny model of random weights, and takes about two minutes in all.
 
 1. overload: its capacity in a closed loop, then Poisson arrivals of five times that.
 2. soak: valid requests of many kinds, requests that must be refused and clients that hang up,
@@ -73,13 +73,13 @@ FULL = Plan(
         round_requests=60,
         control_rounds=10,
         control_requests=20,
-        max_seconds=600.0,
+        max_seconds=900.0,
     ),
     ConnectionsPlan(num_steps=6, round_seconds=30.0, pairs=4, num_idle=500, num_slow=50),
 )
 QUICK = Plan(
     OverloadPlan(num_steps=6, capacity_seconds=5.0, open_seconds=10.0),
-    SoakPlan(steps=(2, 4), rounds=12, round_requests=60, control_rounds=8, control_requests=20, max_seconds=40.0),
+    SoakPlan(steps=(2, 4), rounds=10, round_requests=50, control_rounds=8, control_requests=20, max_seconds=60.0),
     ConnectionsPlan(num_steps=6, round_seconds=4.0, pairs=2, num_idle=500, num_slow=50),
 )
 
