@@ -19,6 +19,10 @@ HURRIED_SHARE = 0.03
 HURRIED_SECONDS = "0.2"
 DEADLINE = "504 deadline"
 
+TURNED_AWAY = (429, 503)
+TURNED_AWAY_SECONDS = 0.5
+"""How long a client waits that was told to come back."""
+
 HUNG_UP = "hung up"
 WRONG_REFUSAL = "wrong refusal"
 CHECKING_THREADS = 2
@@ -96,6 +100,8 @@ class MixedTraffic:
             while not is_over() and (max_requests is None or num_sent < max_requests):
                 num_sent += 1
                 outcomes.append(await self._one(draw, checking))
+                if outcomes[-1].status in TURNED_AWAY:
+                    await asyncio.sleep(TURNED_AWAY_SECONDS)
 
         with ThreadPoolExecutor(CHECKING_THREADS, thread_name_prefix="check") as checking:
             async with asyncio.TaskGroup() as clients:
