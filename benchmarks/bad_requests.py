@@ -100,7 +100,12 @@ def bad_requests(job: Job, headers: Mapping[str, str], max_body_bytes: int) -> t
         BadRequest("unknown field", form({"prompts": "a red house"}), 422, "invalid_field"),
         BadRequest("unknown scheduler", form({"scheduler": "fast"}), 422, "unknown_scheduler"),
         BadRequest("unknown LoRA", form({"loras": '[{"name": "../x"}]'}), 422, "unknown_lora"),
-        BadRequest("too many headers", form(**too_many_headers), 431, "headers_too_large"),
+        BadRequest(
+            "too many headers",
+            post_form(PATH, job.fields, good, {**headers, **too_many_headers}),
+            431,
+            "headers_too_large",
+        ),
     )
 
 

@@ -34,7 +34,7 @@ HANG_SECONDS = 3600.0
 
 def run(connection: Connection, settings: Settings, device: str, cpu_threads: int) -> None:
     """The worker's whole life; faults may strike once it is ready and the plan has begun."""
-    process.Worker = _FaultyWorker  # type: ignore[misc]
+    process.Worker = _FaultyWorker  # What its `run` makes at the end of loading.
     process.run(connection, settings, device, cpu_threads)
 
 

@@ -171,7 +171,7 @@ def test_idle_and_slow_connections() -> None:
 def test_soak_finds_the_leaks_of_its_control() -> None:
     """Memory, descriptors and tasks, each one a request; and sees that descriptors are given back without it."""
     settings = {"INPAINT_API_KEYS": "right", "INPAINT_MAX_BODY_MIB": "2"}
-    plan = SoakPlan((2, 3), rounds=8, round_requests=8, control_rounds=8, control_requests=8, max_seconds=60.0)
+    plan = SoakPlan((2, 3), rounds=8, round_requests=6, control_rounds=8, control_requests=6, max_seconds=60.0)
     found = []
     for flags in ([], ["--leak"]):
         entry = ["tests.http.serve_soak_fake", *flags]
