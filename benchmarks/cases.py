@@ -11,6 +11,10 @@ from benchmarks.exchange import Wire, post_form
 from benchmarks.peers.wire import PATH
 from benchmarks.traffic import SCHEDULERS, Job, Mix, draw_jobs
 
+ILL_CONDITIONED = "ddim"
+"""Left out: with random weights, which models for trials have, it amplifies rounding so much that the stock pipeline
+itself, in a batch of two, gives another picture than alone."""
+
 PNG, JSON, EVENTS = "image/png", "application/json", "text/event-stream"
 
 
@@ -85,9 +89,7 @@ def mixed_cases(served: "Served", steps: tuple[int, int], seed: int) -> tuple[Ca
     kinds += [(f"LoRA {name}", PNG, {"loras": json.dumps([{"name": name}])}) for name in served.adapters[:1]]
     jobs = _in_pairs(draw_jobs(len(kinds), Mix(steps, {served.size: 1.0}, served.schedulers), seed))
     cases = [Case(name, _changed(job, fields), accept) for (name, accept, fields), job in zip(kinds, jobs, strict=True)]
-    # Few steps: random weights, which models for trials have, amplify rounding at sizes that are not theirs, in stock
-    # as well, and more with each step.
-    small = draw_jobs(2, Mix((steps[0], steps[0]), {served.size // 2: 1.0}, served.schedulers), seed + 1)
+    small = draw_jobs(2, Mix(steps, {served.size // 2: 1.0}, served.schedulers), seed + 1)
     return (*cases, *(Case(f"half the size {number}", job) for number, job in enumerate(small)))
 
 
@@ -113,7 +115,7 @@ class Served:
         size: Native side in pixels.
         max_images: Images in the running batches of all workers.
         adapters: LoRAs that can be named.
-        schedulers: Those of one model call a step that it has.
+        schedulers: Those of one model call a step that it has, and that are well-conditioned.
         default_scheduler: The checkpoint's own.
     """
 
@@ -136,6 +138,6 @@ def served_model(base_url: str, headers: Mapping[str, str]) -> Served:
         size=served["native_size"],
         max_images=sum(worker["max_images"] for worker in served["workers"]),
         adapters=tuple(adapter["name"] for adapter in served["adapters"]),
-        schedulers=tuple(name for name in SCHEDULERS if name in served["schedulers"]),
+        schedulers=tuple(name for name in SCHEDULERS if name in served["schedulers"] and name != ILL_CONDITIONED),
         default_scheduler=served["default_scheduler"],
     )

@@ -78,9 +78,10 @@ FULL = Plan(
     ConnectionsPlan(num_steps=6, round_seconds=30.0, pairs=4, num_idle=500, num_slow=50),
 )
 QUICK = Plan(
-    OverloadPlan(num_steps=6, capacity_seconds=5.0, open_seconds=10.0),
+    # Many steps: a load generator that had to send more than this would take the cores from the service.
+    OverloadPlan(num_steps=30, capacity_seconds=8.0, open_seconds=10.0),
     SoakPlan(steps=(2, 4), rounds=10, round_requests=50, control_rounds=8, control_requests=20, max_seconds=60.0),
-    ConnectionsPlan(num_steps=6, round_seconds=4.0, pairs=2, num_idle=500, num_slow=50),
+    ConnectionsPlan(num_steps=30, round_seconds=5.0, pairs=2, num_idle=500, num_slow=50),
 )
 
 
