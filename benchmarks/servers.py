@@ -79,7 +79,12 @@ class Server:
 
 
 def inpaint_service(
-    model: str | Path, where: Where, *, environment: Mapping[str, str] = NO_CHANGES
+    model: str | Path,
+    where: Where,
+    *,
+    environment: Mapping[str, str] = NO_CHANGES,
+    entry: Sequence[str] = ("service",),
+    log: Path | None = None,
 ) -> AbstractContextManager[Server]:
     """This service with one worker, as `inpaint-service serve` starts it.
 
@@ -87,6 +92,8 @@ def inpaint_service(
         model: As in `INPAINT_MODEL`.
         where: Device and type.
         environment: On top of the process's own, of which no `INPAINT_*` is kept.
+        entry: The module to run, with what it takes before `serve`.
+        log: Where to keep what it says; by default nowhere.
 
     Raises:
         ServerFailedError: It did not start.
@@ -103,7 +110,7 @@ def inpaint_service(
     }
     if where.dtype is not None:
         settings["INPAINT_DTYPE"] = where.dtype
-    return _running("this service", ["service", "serve"], port, settings | dict(environment))
+    return _running("this service", [*entry, "serve"], port, settings | dict(environment), log)
 
 
 def stock_lock(
@@ -183,11 +190,13 @@ def _peer(  # noqa: PLR0917 - what a command is made of
 
 
 @contextmanager
-def _running(name: str, module: Sequence[str], port: int, changes: Mapping[str, str]) -> Iterator[Server]:
+def _running(
+    name: str, module: Sequence[str], port: int, changes: Mapping[str, str], log_path: Path | None = None
+) -> Iterator[Server]:
     """Start a module, wait until it is ready, and end it in the end, with all that it started."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("INPAINT_")}
     started_at = time.perf_counter()
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() if log_path is None else log_path.open("w+b") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
             cwd=ROOT,
