@@ -7,7 +7,6 @@ back up. Everything here runs on one event loop; nothing blocks it.
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from service.engine.handle import Handle
 from service.engine.inspection import Inspections
 from service.engine.process import WorkerSpec
 from service.engine.routing import Router
+from service.engine.status import WorkerStatus, status_of
 from service.engine.supervisor import Worker
 from service.errors import ErrorCode, InpaintError, StartupError
 from service.messages import LoraInfo, LoraInspected, ModelInfo, Report
@@ -37,37 +37,6 @@ WORKER_TARGET = "service.worker.process:run"
 _EXIT_SECONDS = 5.0
 # Assumed until a worker has told how long loading takes.
 _USUAL_LOAD_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """One worker at one moment.
-
-    Attributes:
-        name: "0", "1", …
-        device: Where it runs, e.g. "cpu" or "cuda:0".
-        state: "loading: …", "ready", "restarting", "draining" or "stopped".
-        pid: Its process; None between runs.
-        restarts: How often it was started again.
-        max_images: Images that its running batch may hold; None until it was ready once.
-        num_in_flight: Requests in it.
-        num_running_images: Images in its latest step; 0 when idle.
-        step_seconds: Seconds of one step by UNet rows, as measured at warm-up.
-        dtype: Weights' type; None until it was ready once.
-        load_seconds: How long its latest loading took; None until it was ready once.
-    """
-
-    name: str
-    device: str
-    state: str
-    pid: int | None
-    restarts: int
-    max_images: int | None
-    num_in_flight: int
-    num_running_images: int
-    step_seconds: dict[int, float]
-    dtype: str | None
-    load_seconds: float | None
 
 
 class Engine:
@@ -148,7 +117,7 @@ class Engine:
 
     def workers(self) -> list[WorkerStatus]:
         """Every worker, in the order of the devices."""
-        return [_status(worker) for worker in self._workers]
+        return [status_of(worker) for worker in self._workers]
 
     # --- admission --------------------------------------------------------------------
 
@@ -339,20 +308,3 @@ class Engine:
             worker.stop(drain_seconds)
         if self._keep_alives:
             await asyncio.wait(self._keep_alives)
-
-
-def _status(worker: Worker) -> WorkerStatus:
-    ready, load = worker.ready, worker.load
-    return WorkerStatus(
-        name=worker.name,
-        device=worker.device,
-        state=worker.state,
-        pid=worker.pid,
-        restarts=worker.restarts,
-        max_images=load.max_images if load is not None else ready.max_images if ready is not None else None,
-        num_in_flight=load.num_requests if load is not None else 0,
-        num_running_images=load.num_running_images if load is not None else 0,
-        step_seconds=dict(ready.step_seconds) if ready is not None else {},
-        dtype=ready.dtype if ready is not None else None,
-        load_seconds=ready.load_seconds if ready is not None else None,
-    )
