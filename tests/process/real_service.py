@@ -34,6 +34,8 @@ class Service:
     def __init__(self, model: Path, *flags: str) -> None:
         command = [sys.executable, "-m", "service", "serve", "--model", str(model), "--port", "0"]
         command += ["--devices", "cpu,cpu", "--cpu-threads", "1", "--log-format", "text", *flags]
+        # One client, since making one takes a while, but no connection that would still be open at the end.
+        self._client = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0), trust_env=False)
         self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         self.log = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -57,8 +59,8 @@ class Service:
             time.sleep(0.05)
 
     def get(self, path: str) -> httpx.Response:
-        """A GET of its own."""
-        return httpx.get(self.url + path, timeout=30, trust_env=False)
+        """A GET on a connection of its own."""
+        return self._client.get(self.url + path)
 
     def metric(self, sample: str) -> float:
         """A sample's value, 0 while it does not exist."""
@@ -85,6 +87,7 @@ class Service:
         self.process.kill()
         self.process.wait(timeout=30)
         self._reader.join(timeout=30)
+        self._client.close()
         assert self.process.stderr is not None
         self.process.stderr.close()
 
