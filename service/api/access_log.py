@@ -2,14 +2,15 @@
 
 import logging
 import time
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.problems import CLIENT_CLOSED_REQUEST, internal_error, problem_response
-from service.api.records import RequestRecord, attach_record, new_record
+from service.api.problems import CLIENT_CLOSED_REQUEST, internal_error, problem, problem_response
+from service.api.records import ErrorForm, RequestRecord, attach_record, new_record
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,13 @@ class AccessLog:
     Args:
         app: What to wrap.
         metrics: Where to count.
+        error_forms: How clients of other wire formats are told of errors, by what their paths begin with.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, error_forms: Mapping[str, ErrorForm]) -> None:
         self._app = app
         self._metrics = metrics
+        self._error_forms = error_forms
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -41,7 +44,7 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         started_at = time.monotonic()
-        record = new_record(Headers(scope=scope))
+        record = new_record(Headers(scope=scope), self._error_form(scope["path"]))
         attach_record(scope, record)
         status: int | None = None
 
@@ -63,6 +66,9 @@ class AccessLog:
                 await response(scope, receive, send_named)
         finally:
             self._note(scope, record, status or CLIENT_CLOSED_REQUEST, time.monotonic() - started_at)
+
+    def _error_form(self, path: str) -> ErrorForm:
+        return next((form for prefix, form in self._error_forms.items() if path.startswith(prefix)), problem)
 
     def _note(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
         endpoint = _endpoint(scope)

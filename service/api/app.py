@@ -75,7 +75,7 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
     if settings.docs_access != "off":
         docs.add_routes(app)
     app.add_middleware(Gate, settings=settings, keys=keys, engine=engine)
-    app.add_middleware(AccessLog, metrics=metrics)  # The last one is the outermost.
+    app.add_middleware(AccessLog, metrics=metrics, error_forms={})  # The last one is the outermost.
     return app
 
 

@@ -42,7 +42,7 @@ async def inpaint_events(
     try:
         yield event_text("queued", json.dumps({"position": handle.position or 0}))
         pace, shown = _Pace(), None
-        async with aclosing(_with_keep_alive(handle.progress())) as steps:
+        async with aclosing(with_keep_alive(handle.progress())) as steps:
             async for progress in steps:
                 if progress is None:
                     yield _KEEP_ALIVE
@@ -69,7 +69,7 @@ async def inpaint_events(
         work.client_left()
 
 
-async def _with_keep_alive(progress: AsyncIterator[StepProgress]) -> AsyncGenerator[StepProgress | None]:
+async def with_keep_alive(progress: AsyncIterator[StepProgress]) -> AsyncGenerator[StepProgress | None]:
     """The same, and None whenever there has been nothing for a while."""
     upcoming = asyncio.ensure_future(anext(progress, _END))
     try:

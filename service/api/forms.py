@@ -3,8 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Self, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -60,6 +60,10 @@ class InpaintForm:
     embeds: Mapping[str, Floats]
     latents: Mapping[str, Floats]
     is_format_named: bool
+
+    def without_files(self) -> Self:
+        """The same, with none of the megabytes that came with it."""
+        return replace(self, image=None, mask=None, ip_adapter_image=None, embeds={}, latents={})
 
 
 def read_form(parts: Sequence[Part], model: ModelInfo) -> InpaintForm:

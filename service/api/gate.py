@@ -4,6 +4,8 @@ Frameworks check keys and sizes once they have read the whole body; here
 nothing of it has been read when a request is refused.
 """
 
+from base64 import b64decode
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -135,8 +137,7 @@ class Gate:
             raise InpaintError(ErrorCode.FORBIDDEN, "No administrator key is set.")
         if access == "open" or (access != "admins" and not self._keys.clients):
             return ANONYMOUS
-        scheme, _, token = headers.get("Authorization", "").partition(" ")
-        sent = token.strip() if scheme.lower() == "bearer" else headers.get("X-API-Key", "")
+        sent = _sent_key(headers)
         client, admin = self._keys.clients.owner(sent), self._keys.admins.owner(sent)
         owner = admin or client
         if owner is None:
@@ -177,6 +178,17 @@ def _is_for_admins(method: str, path: str) -> bool:
     they match, whatever a client does with slashes and dots behind it.
     """
     return path.startswith(ADAPTERS_PATH) and not (path == ADAPTERS_PATH and method in _SAFE_METHODS)
+
+
+def _sent_key(headers: Headers) -> str:
+    """The key that came along; of a user's name and password, which some clients know alone, the password."""
+    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip()
+    if scheme.lower() == "basic":
+        with suppress(ValueError):  # Neither Base64 nor UTF-8.
+            return b64decode(token.strip(), validate=True).decode().partition(":")[2]
+    return headers.get("X-API-Key", "")
 
 
 def _normal_origin(origin: str) -> str:

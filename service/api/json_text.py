@@ -31,19 +31,24 @@ def read_json(text: str, *, has_integers: bool = True) -> Any:  # noqa: ANN401 -
     try:
         return json.loads(
             text,
-            parse_int=_integer if has_integers else float,
-            object_pairs_hook=_unique,
+            parse_int=whole_number if has_integers else float,
+            object_pairs_hook=without_repetition,
         )
     except (ValueError, RecursionError):
         raise fault(ErrorCode.INVALID_FIELD, "Input should be valid JSON") from None
 
 
-def _integer(digits: str) -> int | float:
+def whole_number(digits: str) -> int | float:
     """Of more digits than any bound has, a float: soon read."""
     return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What a JSON object says.
+
+    Raises:
+        ValueError: A name is there twice.
+    """
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError("a name is there twice")

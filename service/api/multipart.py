@@ -8,6 +8,7 @@ before it gets here.
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Self
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -30,6 +31,16 @@ class Part:
     name: str
     data: bytes
     is_file: bool
+
+    @classmethod
+    def of_text(cls, name: str, value: str) -> Self:
+        """A text field; what is no Unicode text stays to be found by whoever reads the form."""
+        return cls(name, value.encode("utf-8", "surrogatepass"), is_file=False)
+
+    @classmethod
+    def of_file(cls, name: str, data: bytes) -> Self:
+        """A file."""
+        return cls(name, data, is_file=True)
 
 
 async def read_parts(content_type: str, chunks: AsyncIterator[bytes]) -> list[Part]:

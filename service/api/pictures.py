@@ -12,8 +12,8 @@ from service.api.ip_adapter import IMAGE
 from service.api.problems import Fault, InvalidRequest
 from service.api.tensors import TensorChecks
 from service.errors import ErrorCode
-from service.fitting import Fitted
-from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, ImageFormat, OutputFormat, Upload
+from service.fitting import Fitted, Size
+from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, ImageFormat, MaskChannel, Upload
 from service.messages import ModelInfo
 from service.metrics import Metrics
 from service.request import REPAINT_FROM, Floats, InpaintResult, InpaintTensors, NsfwPolicy, Pixels
@@ -41,6 +41,22 @@ class Canvas:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How an answer's pictures are encoded, beyond what the form says. Arrays take no notice of it.
+
+    Attributes:
+        quality: Of JPEG and lossy WebP, 0 to 100; None for the formats' own, see `imaging.encode_image`.
+        size: What the finished picture is scaled to; None leaves it as it is.
+    """
+
+    quality: int | None = None
+    size: Size | None = None
+
+
+DEFAULT_ENCODING = Encoding()
+
+
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """One answer's image.
 
@@ -60,24 +76,24 @@ class ImageFile:
 
 
 def prepare_canvas(
-    form: InpaintForm, output_format: OutputFormat, model: ModelInfo, max_pixels: int, metrics: Metrics
+    form: InpaintForm, model: ModelInfo, max_pixels: int, metrics: Metrics, *, mask_channel: MaskChannel = "luminance"
 ) -> Canvas:
     """Decode, shape the mask and fit.
 
     Args:
-        form: What the client sent.
-        output_format: What the answer will be encoded as.
+        form: What the client sent, with the format that is answered.
         model: The served model.
         max_pixels: Largest picture to decode.
         metrics: Where to count.
+        mask_channel: What of the mask's file says where to repaint.
 
     Raises:
         InpaintError: The files cannot be used; `field` names the one at fault.
     """
     fields = form.fields
-    _require_something_to_paste_into(form, output_format)
+    _require_something_to_paste_into(form)
     started_at = time.monotonic()
-    upload = imaging.decode_upload(form.image, form.mask, max_pixels=max_pixels)
+    upload = imaging.decode_upload(form.image, form.mask, max_pixels=max_pixels, mask_channel=mask_channel)
     ip_adapter_image = None
     if form.ip_adapter_image is not None:
         ip_adapter_image = imaging.decode_picture(form.ip_adapter_image, IMAGE, max_pixels=max_pixels)
@@ -98,31 +114,36 @@ def prepare_canvas(
     if faults:
         raise InvalidRequest(tuple(faults))
     size = fitting.result_size(fitted.placement, composite=fields.composite)
-    imaging.require_encodable(output_format, size.height, size.width)
+    imaging.require_encodable(fields.output_format, size.height, size.width)
     metrics.observe_stage("decode", decoded_at - started_at)
     metrics.observe_stage("fit", time.monotonic() - decoded_at)
     return Canvas(upload, mask, fitted, InpaintTensors(**form.embeds, **latents), ip_adapter_image)
 
 
-def _require_something_to_paste_into(form: InpaintForm, output_format: OutputFormat) -> None:
-    if form.image is None and form.fields.composite and output_format != "latent":
+def _require_something_to_paste_into(form: InpaintForm) -> None:
+    if form.image is None and form.fields.composite and form.fields.output_format != "latent":
         message = "Without an image there is nothing to paste into: send composite=false."
         raise InvalidRequest((Fault("composite", ErrorCode.INVALID_FIELD, message),))
 
 
 def render(
-    canvas: Canvas, result: InpaintResult, fields: InpaintFields, output_format: OutputFormat, policy: NsfwPolicy
+    canvas: Canvas,
+    result: InpaintResult,
+    fields: InpaintFields,
+    policy: NsfwPolicy,
+    encoding: Encoding = DEFAULT_ENCODING,
 ) -> list[ImageFile]:
     """Paste back and encode what was painted.
 
     Args:
         canvas: What was painted on.
         result: What was painted.
-        fields: What the client asked for.
-        output_format: What to encode as.
+        fields: What the client asked for, with the format that is answered.
         policy: What becomes of flagged images.
+        encoding: How pictures are encoded.
     """
     files = []
+    output_format = fields.output_format
     for painted, is_flagged in zip(result.images, result.nsfw, strict=True):
         flag_policy = policy if is_flagged else None
         if output_format == "latent":
@@ -130,7 +151,9 @@ def render(
         elif output_format == "npy":
             files.append(_floats_file(canvas, painted, fields, flag_policy))
         else:
-            files.append(_picture_file(canvas, painted, fields, output_format, flag_policy))
+            files.append(
+                _picture_file(canvas, painted, fields, output_format, flag_policy=flag_policy, encoding=encoding)
+            )
     return files
 
 
@@ -179,7 +202,9 @@ def _picture_file(
     painted: Pixels | Floats,
     fields: InpaintFields,
     image_format: ImageFormat,
+    *,
     flag_policy: NsfwPolicy | None,
+    encoding: Encoding,
 ) -> ImageFile:
     alpha = None
     if flag_policy == "black":
@@ -191,7 +216,12 @@ def _picture_file(
             pixels = imaging.blur_flagged(pixels)
         else:
             alpha = _alpha(canvas, pixels, fields)
-    data = imaging.encode_image(pixels, image_format, alpha=alpha, icc_profile=canvas.upload.icc_profile)
+    if encoding.size is not None:
+        pixels = fitting.resized(pixels, encoding.size)
+        alpha = None if alpha is None else fitting.resized(alpha, encoding.size)
+    data = imaging.encode_image(
+        pixels, image_format, alpha=alpha, icc_profile=canvas.upload.icc_profile, quality=encoding.quality
+    )
     height, width = pixels.shape[:2]
     return ImageFile(data, MEDIA_TYPES[image_format], height, width, is_flagged=flag_policy is not None)
 

@@ -130,12 +130,7 @@ class BodyRefused(HTTPException):
 
 def problem_body(error: InpaintError, request_id: str) -> dict[str, object]:
     """The members of a problem document."""
-    if isinstance(error, InvalidRequest):
-        errors = [{"field": fault.field, "message": fault.message} for fault in error.faults]
-    elif error.field is not None:
-        errors = [{"field": error.field, "message": error.message}]
-    else:
-        errors = []
+    errors = [{"field": fault.field, "message": fault.message} for fault in faults_of(error)]
     return {
         "type": "about:blank",
         "title": _title(STATUS[error.code]),
@@ -169,12 +164,39 @@ def problem_response(error: InpaintError, request: Request, headers: Mapping[str
     """
     record = record_of(request.scope)
     record.code = error.code
-    return Response(
-        json.dumps(problem_body(error, record.request_id), ensure_ascii=False),
-        STATUS[error.code],
-        {**problem_headers(error), **(headers or {})},
-        PROBLEM_MEDIA_TYPE,
-    )
+    response = record.error_form(error, record.request_id)
+    response.headers.update({**problem_headers(error), **(headers or {})})
+    return response
+
+
+def problem(error: InpaintError, request_id: str) -> Response:
+    """An error in the native form; an `ErrorForm`."""
+    body = json.dumps(problem_body(error, request_id), ensure_ascii=False)
+    return Response(body, STATUS[error.code], media_type=PROBLEM_MEDIA_TYPE)
+
+
+def faults_of(error: InpaintError, names: Mapping[str, str] | None = None) -> tuple[Fault, ...]:
+    """What is wrong with which fields; none where no field is at fault.
+
+    Args:
+        error: Why a request failed.
+        names: What a wire format calls fields of the native form, where it has another word; messages begin with it.
+    """
+    if isinstance(error, InvalidRequest):
+        faults = error.faults
+    elif error.field is not None:
+        faults = (Fault(error.field, error.code, error.message),)
+    else:
+        faults = ()
+    return tuple(_renamed(fault, (names or {}).get(fault.field)) for fault in faults)
+
+
+def _renamed(fault: Fault, name: str | None) -> Fault:
+    if name is None:
+        return fault
+    prefix = f"{fault.field}: "
+    message = f"{name}: {fault.message.removeprefix(prefix)}" if fault.message.startswith(prefix) else fault.message
+    return Fault(name, fault.code, message)
 
 
 def internal_error() -> InpaintError:

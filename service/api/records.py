@@ -1,13 +1,19 @@
 """What is noted about one request while it is answered, for headers, log and metrics."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from secrets import token_hex
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import Scope
 
 from service.engine.clients import ANONYMOUS, Client
+from service.errors import InpaintError
+
+ErrorForm = Callable[[InpaintError, str], Response]
+"""Says an error in one wire format's own way; called with the request's id."""
 
 _CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -18,6 +24,7 @@ class RequestRecord:
 
     Attributes:
         request_id: The client's own where it is harmless in a header and a log, else a random one.
+        error_form: How its client is told of errors.
         client: Whose key came with it.
         code: Why it failed, if it did.
         stages: Seconds by stage.
@@ -26,6 +33,7 @@ class RequestRecord:
     """
 
     request_id: str
+    error_form: ErrorForm
     client: Client = ANONYMOUS
     code: str | None = None
     stages: dict[str, float] = field(default_factory=dict)
@@ -33,11 +41,11 @@ class RequestRecord:
     replay_of: str | None = None
 
 
-def new_record(headers: Headers) -> RequestRecord:
+def new_record(headers: Headers, error_form: ErrorForm) -> RequestRecord:
     """The record of a request that has just arrived."""
     sent = headers.get("X-Request-Id", "")
     is_harmless = _CLIENT_REQUEST_ID.fullmatch(sent) is not None
-    return RequestRecord(sent if is_harmless else new_request_id())
+    return RequestRecord(sent if is_harmless else new_request_id(), error_form)
 
 
 def new_request_id() -> str:

@@ -16,7 +16,7 @@ Outcome = InpaintResult | InpaintError
 class Handle:
     """One admitted request, until its one outcome and after.
 
-    Callers use `request_id`, `position`, `result`, `progress` and `cancel`; the
+    Callers use `request_id`, `position`, `latest`, `result`, `progress` and `cancel`; the
     rest is the engine's. Everything happens on the event loop.
 
     Args:
@@ -59,6 +59,11 @@ class Handle:
     def position(self) -> int | None:
         """Place in the queue, 0 for the next; None once in a worker or ended."""
         return self._position_of(self)
+
+    @property
+    def latest(self) -> StepProgress | None:
+        """The latest step; None before the first."""
+        return self._latest
 
     async def result(self) -> InpaintResult:
         """Wait for the outcome; may be called again.

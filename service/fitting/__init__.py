@@ -18,6 +18,7 @@ from service.fitting.paste import (
     overlay,
     paste_back,
     paste_back_floats,
+    resized,
     result_size,
 )
 from service.fitting.placement import Box, Placement, Size
@@ -34,5 +35,6 @@ __all__ = [
     "overlay",
     "paste_back",
     "paste_back_floats",
+    "resized",
     "result_size",
 ]

@@ -109,6 +109,18 @@ def result_size(placement: Placement, *, composite: bool) -> Size:
     return placement.upload if composite or placement.is_padded_crop else placement.working
 
 
+def resized(pixels: Pixels, size: Size) -> Pixels:
+    """A finished picture at another size.
+
+    Args:
+        pixels: (H, W, 3) or (H, W) uint8.
+        size: Of the result; another shape stretches.
+    """
+    if Size.of(pixels) == size:
+        return pixels
+    return np.asarray(stock.resize(Image.fromarray(pixels), size))
+
+
 def black_picture(placement: Placement, *, composite: bool) -> Pixels:
     """What a flagged picture is replaced by, (H, W, 3) uint8 of the size that the client expects."""
     size = result_size(placement, composite=composite)

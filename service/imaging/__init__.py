@@ -8,7 +8,7 @@ Everything here is synchronous and pure, and may run in any thread. What a
 hostile upload can provoke surfaces as `InpaintError` alone.
 """
 
-from service.imaging.decode import Upload, decode_picture, decode_upload
+from service.imaging.decode import MaskChannel, Upload, decode_picture, decode_upload
 from service.imaging.encode import (
     ARRAY_MEDIA_TYPE,
     MEDIA_TYPES,
@@ -28,6 +28,7 @@ __all__ = [
     "MEDIA_TYPES",
     "ArrayFormat",
     "ImageFormat",
+    "MaskChannel",
     "OutputFormat",
     "Upload",
     "blur_flagged",

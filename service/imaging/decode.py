@@ -21,7 +21,9 @@ from service.imaging import colour, formats
 from service.imaging.png import with_stored_pixels
 from service.request import Pixels
 
-MaskChannel = Literal["luminance", "alpha"]
+MaskChannel = Literal["luminance", "alpha", "opacity"]
+"""What of a mask's file says where to repaint: white; "alpha", transparent; "opacity", opaque, or white where the file
+has no transparent pixel."""
 
 # The most that a JPEG can state. A PNG row of millions of pixels would cost seconds in every resize.
 MAX_SIDE = 65_535
@@ -63,7 +65,8 @@ def decode_upload(
         mask: The mask's file, of the picture's size; not None where the picture is.
         max_pixels: Largest height times width; read from the headers, before pixels are decoded. No side may
             be longer than `MAX_SIDE`.
-        mask_channel: "alpha" takes the mask file's alpha instead, transparent = repaint, as some wire formats do.
+        mask_channel: "alpha" takes the mask file's alpha instead, transparent = repaint, as OpenAI's wire format does;
+            "opacity" takes it the other way round where it is not opaque everywhere, as AUTOMATIC1111's does.
 
     Raises:
         InpaintError: `UNSUPPORTED_MEDIA`, `INVALID_IMAGE`, `TOO_MANY_PIXELS`, `ANIMATED`, `MASK_MISMATCH`, or
@@ -85,10 +88,16 @@ def decode_upload(
     rgb, alpha = _rgb_and_alpha(picture)
     if mask_picture is None:
         grey, alpha = _mask_of_alpha(alpha, "Send a mask file, or an image with an alpha channel."), None
-    elif mask_channel == "alpha":
-        grey = _mask_of_alpha(_rgb_and_alpha(mask_picture)[1], "The mask needs an alpha channel.")
-    else:
+    elif mask_channel == "luminance":
         grey = _grey(mask_picture)
+    else:
+        mask_alpha = _rgb_and_alpha(mask_picture)[1]
+        if mask_channel == "alpha":
+            grey = _mask_of_alpha(mask_alpha, "The mask needs an alpha channel.")
+        elif mask_alpha is None or mask_alpha.min() == _OPAQUE:
+            grey = _grey(mask_picture)
+        else:
+            grey = mask_alpha
     if alpha is not None and alpha.min() == _OPAQUE:
         alpha = None
     return Upload(image=rgb, mask=grey, alpha=alpha, icc_profile=colour.rgb_profile(picture.image))

@@ -25,7 +25,12 @@ _MAX_SIDE: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 1
 
 
 def encode_image(
-    pixels: Pixels, image_format: ImageFormat, *, alpha: Pixels | None = None, icc_profile: bytes | None = None
+    pixels: Pixels,
+    image_format: ImageFormat,
+    *,
+    alpha: Pixels | None = None,
+    icc_profile: bytes | None = None,
+    quality: int | None = None,
 ) -> bytes:
     """Encode a picture: PNG and WebP without loss, JPEG at quality 95 with full colour resolution.
 
@@ -34,6 +39,7 @@ def encode_image(
         image_format: What to encode as.
         alpha: (H, W) uint8 opacity; JPEG has none and drops it.
         icc_profile: Colour profile to attach.
+        quality: Of JPEG, and of WebP, which then loses a little, too: 0 to 100. PNG has none.
 
     Raises:
         InpaintError: `INVALID_FIELD` when the format cannot hold a picture of this size.
@@ -47,7 +53,10 @@ def encode_image(
     buffer = BytesIO()
     image = Image.fromarray(pixels)
     if image_format == "jpeg":
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, icc_profile=icc_profile)
+        quality = JPEG_QUALITY if quality is None else quality
+        image.save(buffer, "JPEG", quality=quality, subsampling=0, icc_profile=icc_profile)
+    elif quality is not None:
+        image.save(buffer, "WEBP", quality=quality, icc_profile=icc_profile)
     else:
         # "exact" keeps the RGB under a transparent alpha; quality is the effort here.
         image.save(buffer, "WEBP", lossless=True, exact=True, method=0, quality=20, icc_profile=icc_profile)

@@ -1,5 +1,6 @@
 """What is decided from a request's head, before its body: keys, origins, sizes, headers."""
 
+from base64 import b64encode
 from collections.abc import Iterator
 
 import httpx
@@ -36,6 +37,11 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+def basic(key: str) -> dict[str, str]:
+    """A user's name and password, of which the password is the key."""
+    return {"Authorization": f"Basic {b64encode(f'anyone:{key}'.encode()).decode()}"}
+
+
 # --- keys ---------------------------------------------------------------------------
 
 
@@ -48,6 +54,9 @@ def bearer(key: str) -> dict[str, str]:
         bearer(KEY[:-1]),
         {"Authorization": "Bearer"},
         {"Authorization": f"Basic {KEY}"},
+        {"Authorization": "Basic"},
+        basic("wrong"),
+        basic(""),
         {"X-API-Key": "wrong"},
         {"X-API-Key": ""},
     ],
@@ -60,9 +69,9 @@ def test_no_key_or_a_wrong_key(guarded: LiveServer, headers: dict[str, str]) -> 
 
 
 def test_each_key_is_taken_in_either_header(guarded: LiveServer) -> None:
-    """Every configured key works, as a bearer token and as X-API-Key, whatever its alphabet."""
+    """Every configured key works, as a bearer token, as X-API-Key and as a password, whatever its alphabet."""
     for key in (KEY, OTHER_KEY):
-        for name, value in (("Authorization", f"Bearer {key}"), ("X-API-Key", key)):
+        for name, value in (("Authorization", f"Bearer {key}"), ("X-API-Key", key), *basic(key).items()):
             response = guarded.client.get("/v1/models", headers=[(name.encode(), value.encode())])
             assert response.status_code == 200
 

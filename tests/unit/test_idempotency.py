@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from service.api.idempotency import form_digest, request_name
+from service.api.idempotency import body_digest, request_name
 from service.api.multipart import Part
+from service.api.problems import problem
 from service.api.records import RequestRecord, attach_record
 from service.engine.clients import ANONYMOUS, Client
 from service.errors import ErrorCode, InpaintError
@@ -19,7 +20,7 @@ forms = st.lists(parts, max_size=5)
 
 def name_of(*keys: str, client: Client = ANONYMOUS) -> bytes | None:
     scope = {"type": "http", "headers": [(b"idempotency-key", key.encode("latin-1")) for key in keys]}
-    attach_record(scope, RequestRecord("req_1", client))
+    attach_record(scope, RequestRecord("req_1", problem, client))
     return request_name(Request(scope))
 
 
@@ -27,7 +28,7 @@ def name_of(*keys: str, client: Client = ANONYMOUS) -> bytes | None:
 def test_the_order_of_the_parts_does_not_matter(forms: tuple[Sequence[Part], Sequence[Part]]) -> None:
     """Browsers and libraries send a form's parts in an order of their own."""
     form, shuffled = forms
-    assert form_digest(form) == form_digest(shuffled)
+    assert body_digest("/", form) == body_digest("/", shuffled)
 
 
 def contents(form: Sequence[Part]) -> list[tuple[str, bytes, bool]]:
@@ -37,7 +38,7 @@ def contents(form: Sequence[Part]) -> list[tuple[str, bytes, bool]]:
 @given(forms, forms)
 def test_forms_are_the_same_exactly_when_they_say_the_same(one: Sequence[Part], other: Sequence[Part]) -> None:
     """No two forms that differ in a name, a byte or a part are taken for each other."""
-    assert (form_digest(one) == form_digest(other)) == (contents(one) == contents(other))
+    assert (body_digest("/", one) == body_digest("/", other)) == (contents(one) == contents(other))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_forms_are_the_same_exactly_when_they_say_the_same(one: Sequence[Part], 
 )
 def test_what_is_easily_confused_is_not(one: Sequence[Part], other: Sequence[Part]) -> None:
     """Where a name ends and a value begins, which value belongs to which name, and how many there are, counts."""
-    assert form_digest(one) != form_digest(other)
+    assert body_digest("/", one) != body_digest("/", other)
 
 
 def test_a_name_is_one_clients_key() -> None:
@@ -88,3 +89,10 @@ def test_keys_that_are_refused(keys: list[str]) -> None:
     with pytest.raises(InpaintError) as raised:
         name_of(*keys)
     assert (raised.value.code, raised.value.field) == (ErrorCode.INVALID_FIELD, "Idempotency-Key")
+
+
+def test_where_it_was_sent_counts() -> None:
+    """The same body sent elsewhere, or as something else than a form, says something else."""
+    form = [Part("a", b"1", is_file=False)]
+    digests = {body_digest("/a", form), body_digest("/b", form), body_digest("/a", b"1"), body_digest("/b", b"1")}
+    assert len(digests) == 4

@@ -243,6 +243,19 @@ def test_a_masks_alpha_can_be_the_mask() -> None:
     assert (caught.value.code, caught.value.field) == (ErrorCode.INVALID_FIELD, "mask")
 
 
+def test_a_masks_opacity_can_be_the_mask() -> None:
+    """Where opaque means repaint, the alpha counts as it is, but luminance does where the file is opaque throughout."""
+    rgba = noise(20, 30, 4)
+    rgba[0, 0, 3] = 254
+    picture = saved(noise(20, 30))
+    upload = decode_upload(picture, saved(rgba), max_pixels=MAX_PIXELS, mask_channel="opacity")
+    assert np.array_equal(upload.mask, rgba[..., 3])
+    rgba[..., 3] = 255
+    for mask in (rgba, rgba[..., :3]):
+        upload = decode_upload(picture, saved(mask), max_pixels=MAX_PIXELS, mask_channel="opacity")
+        assert np.array_equal(upload.mask, np.asarray(Image.fromarray(rgba[..., :3]).convert("L")))
+
+
 def test_a_mask_of_another_size_is_refused_with_both_sizes() -> None:
     """A mask must have the picture's size; the answer names both."""
     with pytest.raises(InpaintError, match=r"30x20.*31x20") as caught:

@@ -54,6 +54,17 @@ def test_jpeg_is_near_and_opaque() -> None:
     assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 4
 
 
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+def test_quality_trades_size_for_loss(image_format: ImageFormat) -> None:
+    """A lower quality is smaller and further from the picture; PNG has none and stays exact."""
+    pixels = noise(64, 64)
+    files = [encode_image(pixels, image_format, quality=quality) for quality in (5, 50, 100)]
+    errors = [np.abs(np.asarray(opened(data)).astype(int) - pixels).mean() for data in files]
+    assert len(files[0]) < len(files[1]) < len(files[2])
+    assert errors[0] > errors[1] > errors[2]
+    assert encode_image(pixels, "png", quality=5) == encode_image(pixels, "png")
+
+
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 def test_the_profile_is_attached(image_format: ImageFormat) -> None:
     """A colour profile of the upload is in the result, and none is invented."""

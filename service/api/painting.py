@@ -1,0 +1,202 @@
+"""What every wire format shares: from an order to an admitted request, and from its result to pictures.
+
+A wire format reads a body, translates it into an `Order` in the native form's words, and makes an answer of what was
+painted; queue, limits, deadlines, flags and metrics are the same for all of them:
+
+    body ──read──▶ parts, bytes ──translate──▶ Order ──admit──▶ Admitted ──start──▶ Work ──▶ Painted ──▶ Answer
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from secrets import randbelow
+
+from starlette.requests import Request
+
+from service.api.answers import Painted, stage_timings
+from service.api.field_types import MAX_SEED
+from service.api.forms import InpaintForm
+from service.api.idempotency import body_digest, request_name
+from service.api.ip_adapter import ip_adapter_use
+from service.api.kept_answers import Answer, Claim
+from service.api.loras import resolve_loras
+from service.api.multipart import Part
+from service.api.pictures import DEFAULT_ENCODING, Canvas, Encoding, prepare_canvas, preview_file, render
+from service.api.records import RequestRecord, record_of
+from service.api.state import ServiceState, state_of
+from service.api.tensors import TENSORS
+from service.api.work import Work
+from service.engine.engine import Handle
+from service.imaging import MaskChannel
+from service.messages import ModelInfo
+from service.request import InpaintParams, InpaintResult, LoraUse, Pixels
+
+Body = Sequence[Part] | bytes
+"""A body that was read to its end: the parts of a form, or what else it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One request in the native form's words.
+
+    Attributes:
+        form: The form, with the format that is answered in its fields.
+        media_type: What the answer will be sent as.
+        mask_channel: What of the mask's file says where to repaint.
+        encoding: How pictures are encoded, beyond what the form says.
+    """
+
+    form: InpaintForm
+    media_type: str
+    mask_channel: MaskChannel = "luminance"
+    encoding: Encoding = DEFAULT_ENCODING
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """An admitted request and what is needed to answer it; its uploaded files are not kept.
+
+    Attributes:
+        record: What is noted of the request.
+        state: The service.
+        order: What was asked for, without the uploaded files.
+        params: What it is painted with.
+        canvas: What is painted on.
+        handle: The engine's hold on it.
+        claim: Its hold on its name, where the client gave it one.
+        started_at: `time.monotonic()` when it came.
+    """
+
+    record: RequestRecord
+    state: ServiceState
+    order: Order
+    params: InpaintParams
+    canvas: Canvas
+    handle: Handle
+    claim: Claim | None
+    started_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """An order, its LoRAs found, its pictures decoded and fitted."""
+
+    order: Order
+    loras: tuple[LoraUse, ...]
+    canvas: Canvas
+
+
+async def admit(
+    request: Request, read: Callable[[], Awaitable[Body]], translate: Callable[[Body, ModelInfo], Order]
+) -> Admitted | Answer:
+    """Everything up to admission, in the order in which it can fail for the least cost.
+
+    Args:
+        request: The request; of its body nothing has been read.
+        read: Reads the body to its end.
+        translate: Makes an order of it. Runs in a thread.
+
+    Returns:
+        The admitted request; or the answer of the one that it repeats, which `service.api.idempotency` tells.
+
+    Raises:
+        InpaintError: It is refused.
+    """
+    started_at = time.monotonic()
+    state, client = state_of(request), record_of(request.scope).client
+    name = request_name(request)
+    if name is None or not state.kept_answers.is_known(name):  # A repeated request needs no place in the queue.
+        state.engine.check_room(client)
+    with state.intake.place(client):
+        body = await read()
+        claim = None
+        if name is not None:
+            digest = await state.in_thread(lambda: body_digest(request.url.path, body))
+            found = state.kept_answers.begin(name, digest)
+            if isinstance(found, Answer):
+                return found
+            claim = found
+        try:
+            model = state.model
+            prepared = await state.in_thread(lambda: _prepare(translate(body, model), state, model))
+            return _submit(request, state, prepared, claim, started_at)
+        except BaseException:
+            if claim is not None:
+                claim.release()
+            raise
+
+
+def _prepare(order: Order, state: ServiceState, model: ModelInfo) -> _Prepared:
+    """Find the LoRAs, decode and fit. In a thread: files are looked for, and pictures take a while."""
+    loras = resolve_loras(order.form.fields.loras, state.engine.adapters)
+    canvas = prepare_canvas(
+        order.form, model, state.settings.max_pixels, state.metrics, mask_channel=order.mask_channel
+    )
+    return _Prepared(order, loras, canvas)
+
+
+def _submit(
+    request: Request, state: ServiceState, prepared: _Prepared, claim: Claim | None, started_at: float
+) -> Admitted:
+    """Hand it to the engine."""
+    model, fields, canvas = state.model, prepared.order.form.fields, prepared.canvas
+    # Such that the last image's own seed can be asked for, too.
+    random_seed = randbelow(MAX_SEED + 2 - fields.num_images_per_prompt)
+    embeds = canvas.tensors.ip_adapter_image_embeds
+    has_image = canvas.ip_adapter_image is not None
+    ip_adapter = ip_adapter_use(fields.ip_adapter_scale, model.ip_adapter, embeds, has_image=has_image)
+    params = fields.params(model, canvas.fitted.placement.working, random_seed, prepared.loras, ip_adapter)
+    record = record_of(request.scope)
+    handle = state.engine.submit(
+        params,
+        canvas.fitted.image,
+        canvas.fitted.mask,
+        tensors=canvas.tensors,
+        ip_adapter_image=canvas.ip_adapter_image,
+        timeout_seconds=fields.timeout,
+        request_id=record.request_id,
+        client=record.client,
+    )
+    order = replace(prepared.order, form=prepared.order.form.without_files())
+    return Admitted(record, state, order, params, canvas, handle, claim, started_at)
+
+
+def start(admitted: Admitted, answer_of: Callable[[Painted], Answer]) -> Work:
+    """Have an admitted request answered.
+
+    Args:
+        admitted: The request.
+        answer_of: Makes the answer. Runs in a thread, because encoding megabytes takes a while.
+    """
+
+    async def finish(result: InpaintResult) -> Answer:
+        painted = await _render(admitted, result)
+        return await admitted.state.in_thread(lambda: answer_of(painted))
+
+    return Work(admitted.handle, finish, admitted.claim, admitted.state.unfinished)
+
+
+async def preview(admitted: Admitted, painted: Pixels) -> bytes:
+    """A picture of an unfinished step as a file, see `service.api.pictures.PREVIEW_FORMAT`.
+
+    Args:
+        admitted: The request.
+        painted: (h, w, 3) uint8 RGB.
+    """
+    fields = admitted.order.form.fields
+    return await admitted.state.in_thread(lambda: preview_file(admitted.canvas, painted, fields))
+
+
+async def _render(admitted: Admitted, result: InpaintResult) -> Painted:
+    """Paste back and encode; note the timings."""
+    state, fields, record = admitted.state, admitted.order.form.fields, admitted.record
+    started_at = time.monotonic()
+    policy, encoding = state.settings.nsfw_policy, admitted.order.encoding
+    files = await state.in_thread(lambda: render(admitted.canvas, result, fields, policy, encoding))
+    now = time.monotonic()
+    sent = [name for name in TENSORS if getattr(admitted.canvas.tensors, name) is not None]
+    state.metrics.observe_stage("render", now - started_at)
+    timings = stage_timings(result, now - started_at, now - admitted.started_at)
+    record.stages.update(timings.model_dump(exclude={"total"}))
+    record.mean_images = result.mean_images
+    return Painted(record.request_id, state.model.id, fields, admitted.params, sent, result, files, timings)
