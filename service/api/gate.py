@@ -186,8 +186,8 @@ def _sent_key(headers: Headers) -> str:
     if scheme.lower() == "bearer":
         return token.strip()
     if scheme.lower() == "basic":
-        with suppress(ValueError):  # Neither Base64 nor UTF-8.
-            return b64decode(token.strip(), validate=True).decode().partition(":")[2]
+        with suppress(ValueError):  # No Base64.
+            return b64decode(token.strip(), validate=True).decode("latin-1").partition(":")[2]
     return headers.get("X-API-Key", "")
 
 
