@@ -23,7 +23,13 @@ logger = logging.getLogger(__name__)
 _OURS = "service."
 
 # Libraries whose informative lines say nothing that ours do not, or that clients can provoke at will.
-_QUIET = {"uvicorn": logging.WARNING, "uvicorn.error": logging.WARNING, "python_multipart": logging.ERROR}
+# httpx names every address that it calls.
+_QUIET = {
+    "uvicorn": logging.WARNING,
+    "uvicorn.error": logging.WARNING,
+    "python_multipart": logging.ERROR,
+    "httpx": logging.WARNING,
+}
 
 
 def configure_logging(settings: Settings) -> None:

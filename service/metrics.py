@@ -40,6 +40,11 @@ class Metrics:
         self._requests = self._counter("requests", "Requests answered.", "endpoint", "code")
         self._request_seconds = self._latency("request_seconds", "Seconds from request to answer.", "endpoint")
 
+        # Asynchronous requests.
+        self._webhooks = self._counter("webhooks", "Ends of requests that were to be told.", "outcome")
+        self._async_kept = self._gauge("async_kept", "Asynchronous requests that ended and can be fetched.")
+        self._async_kept_bytes = self._gauge("async_kept_bytes", "Memory that they take.")
+
         # The life of an admitted request.
         self._queue_seconds = self._latency("queue_seconds", "Seconds of one request's waiting after admission.")
         self._stage_seconds = self._latency("stage_seconds", "Seconds of one request in a stage.", "stage")
@@ -90,6 +95,15 @@ class Metrics:
     def replayed(self) -> None:
         """A repeated request got the first one's answer."""
         self._replayed.inc()
+
+    def webhook(self, outcome: str) -> None:
+        """A webhook was delivered, or was not."""
+        self._webhooks.labels(outcome).inc()
+
+    def watch_async(self, num_kept: Callable[[], int], num_bytes: Callable[[], int]) -> None:
+        """Ask these two at every scrape."""
+        self._async_kept.set_function(num_kept)
+        self._async_kept_bytes.set_function(num_bytes)
 
     def render(self) -> tuple[bytes, str]:
         """The exposition's body and content type."""

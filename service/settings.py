@@ -157,6 +157,22 @@ class Settings(BaseModel):
     )
     idempotency_mib: float = Field(256.0, ge=0, description="Memory in MiB for such answers; the oldest make room.")
 
+    # Asynchronous requests.
+    async_ttl: float = Field(
+        3600.0, gt=0, description="Seconds that an asynchronous request and its result are kept after its end."
+    )
+    async_mib: float = Field(256.0, gt=0, description="Memory in MiB for such results; the oldest make room.")
+    async_max: int = Field(1000, ge=1, description="Number of such results; the oldest make room.")
+    webhook_hosts: CommaSeparated = Field(
+        (),
+        description="Hosts that may be told of the end of asynchronous requests, each HOST or HOST:PORT, by https; "
+        "with http:// in front without TLS. By default none.",
+    )
+    webhook_secret: OptionalText = Field(
+        None, repr=False, description="What webhooks are signed with: whsec_ and the Base64 of 24 to 64 bytes."
+    )
+    webhook_secret_file: OptionalPath = Field(None, description="File that holds it instead.")
+
     # Logs.
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level to log.")
     log_format: Literal["auto", "text", "json"] = Field(
@@ -172,6 +188,11 @@ class Settings(BaseModel):
     def idempotency_bytes(self) -> int:
         """`idempotency_mib` in bytes."""
         return int(self.idempotency_mib * 1024 * 1024)
+
+    @property
+    def async_bytes(self) -> int:
+        """`async_mib` in bytes."""
+        return int(self.async_mib * 1024 * 1024)
 
     @property
     def max_adapter_bytes(self) -> int:

@@ -98,30 +98,35 @@ def response_of(answer: Answer, headers: Mapping[str, str] | None = None) -> Res
         answer: What to send.
         headers: Further headers.
     """
-    return Response(answer.body, headers={**answer.headers, **(headers or {})}, media_type=answer.media_type)
+    return Response(answer.body, answer.status, headers={**answer.headers, **(headers or {})}, media_type=answer.media_type)
 
 
-def _json(painted: Painted) -> str:
-    answer = InpaintAnswer(
+def inpaint_answer(painted: Painted, images: list[InpaintedImage]) -> InpaintAnswer:
+    """All that the JSON says; of the images what is given."""
+    return InpaintAnswer(
         id=painted.request_id,
         created=int(time.time()),
         model=painted.model_id,
         parameters=EffectiveParameters.of(painted.fields, painted.params, painted.tensors),
-        images=[
-            InpaintedImage(
-                b64_json=base64.b64encode(file.data).decode("ascii"),
-                media_type=file.media_type,
-                seed=painted.params.seed + index,
-                nsfw_content_detected=file.is_flagged,
-                width=file.width,
-                height=file.height,
-            )
-            for index, file in enumerate(painted.files)
-        ],
+        images=images,
         timings=painted.timings,
         batch=BatchShare(mean_images=painted.result.mean_images),
     )
-    return answer.model_dump_json()
+
+
+def _json(painted: Painted) -> str:
+    images = [
+        InpaintedImage(
+            b64_json=base64.b64encode(file.data).decode("ascii"),
+            media_type=file.media_type,
+            seed=painted.params.seed + index,
+            nsfw_content_detected=file.is_flagged,
+            width=file.width,
+            height=file.height,
+        )
+        for index, file in enumerate(painted.files)
+    ]
+    return inpaint_answer(painted, images).model_dump_json()
 
 
 def _server_timing(seconds: Mapping[str, float]) -> str:

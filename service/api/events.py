@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
@@ -25,7 +24,7 @@ _Preview = Callable[[Pixels], Awaitable[bytes]]
 KEEP_ALIVE_SECONDS = 15.0
 """After so long without an event a comment is sent, lest a proxy takes the connection for dead."""
 
-_KEEP_ALIVE = ": waiting\n\n"
+KEEP_ALIVE = ": waiting\n\n"
 
 
 async def inpaint_events(
@@ -41,20 +40,20 @@ async def inpaint_events(
     handle = work.handle
     try:
         yield event_text("queued", json.dumps({"position": handle.position or 0}))
-        pace, shown = _Pace(), None
+        shown = None
         async with aclosing(with_keep_alive(handle.progress())) as steps:
             async for progress in steps:
                 if progress is None:
-                    yield _KEEP_ALIVE
+                    yield KEEP_ALIVE
                     continue
                 data: dict[str, object] = {
                     "step": progress.step,
                     "steps": progress.steps,
-                    "eta": pace.eta_seconds(progress),
+                    "eta": rounded(handle.eta_seconds),
                 }
                 if progress.preview is not None and progress.preview is not shown:
                     shown = progress.preview
-                    data["preview"] = _preview_json(await preview(shown))
+                    data["preview"] = preview_json(await preview(shown))
                 yield event_text("progress", json.dumps(data))
         yield (await work.answer()).body
     except InpaintError as error:
@@ -94,25 +93,14 @@ class _End:
 _END = _End()
 
 
-def _preview_json(data: bytes) -> dict[str, str]:
+def preview_json(data: bytes) -> dict[str, str]:
+    """A preview as events have it."""
     return {"b64_json": base64.b64encode(data).decode("ascii"), "media_type": MEDIA_TYPES[PREVIEW_FORMAT]}
 
 
-class _Pace:
-    """How long the rest will take, judged by the steps seen so far."""
-
-    def __init__(self) -> None:
-        self._first_step = 0
-        self._first_at: float | None = None
-
-    def eta_seconds(self, progress: StepProgress) -> float | None:
-        """Seconds to the last step; None before there are two steps to judge by."""
-        remaining = progress.steps - progress.step
-        now = time.monotonic()
-        if self._first_at is None or progress.step <= self._first_step:  # The start, also after a lost worker.
-            self._first_step, self._first_at = progress.step, now
-            return None if remaining else 0.0
-        return round((now - self._first_at) / (progress.step - self._first_step) * remaining, 3)
+def rounded(seconds: float | None) -> float | None:
+    """To milliseconds."""
+    return None if seconds is None else round(seconds, 3)
 
 
 def _failed(error: InpaintError, handle: Handle) -> str:

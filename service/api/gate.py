@@ -33,12 +33,18 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 ADAPTERS_PATH = "/v1/adapters"
 """What is below it, administrators alone may see and change; the list itself is for everyone with a key."""
 
+REQUESTS_PATH = "/v1/requests"
+"""Asynchronous requests; one can be given up while the service drains, too."""
+
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _CORS_METHODS = "GET, POST, PUT, DELETE"
-_CORS_HEADERS = "Authorization, Content-Type, Idempotency-Key, Prefer, X-API-Key, X-Request-Id"
+_CORS_HEADERS = (
+    "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, Prefer, X-API-Key, X-Request-Id, "
+    "X-Webhook-URL"
+)
 _CORS_EXPOSED = (
-    "Idempotent-Replayed, Original-Request, Retry-After, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, "
-    "X-Should-Retry"
+    "Content-Disposition, ETag, Idempotent-Replayed, Location, Original-Request, Preference-Applied, Retry-After, "
+    "Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, X-Should-Retry"
 )
 _CORS_MAX_AGE_SECONDS = 600
 
@@ -87,7 +93,7 @@ class Gate:
             record_of(scope).client = self._client(scope["method"], scope["path"], headers)
             max_body_bytes = self._max_bytes(scope["method"], scope["path"])
             self._check_body(headers, max_body_bytes)
-            self._check_draining(scope["method"])
+            self._check_draining(scope["method"], scope["path"])
         except InpaintError as error:
             await problem_response(error, Request(scope))(scope, receive, send)
             return
@@ -163,8 +169,9 @@ class Gate:
         if int(declared) > max_bytes:
             raise InpaintError(ErrorCode.BODY_TOO_LARGE, f"The body may have at most {max_bytes} bytes.")
 
-    def _check_draining(self, method: str) -> None:
-        if method not in _SAFE_METHODS and self._engine.is_draining:
+    def _check_draining(self, method: str, path: str) -> None:
+        is_giving_up = method == "DELETE" and path.startswith(f"{REQUESTS_PATH}/")
+        if method not in _SAFE_METHODS and not is_giving_up and self._engine.is_draining:
             self._engine.check_room()
 
     def _allows(self, origin: str) -> bool:

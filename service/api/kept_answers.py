@@ -27,12 +27,14 @@ class Answer:
         media_type: What the body is.
         headers: What is said beside the body.
         body: The bytes that the client gets.
+        status: 200; or 202, the request is known by then, and its result is to be fetched elsewhere.
     """
 
     request_id: str
     media_type: str
     headers: Mapping[str, str]
     body: bytes
+    status: int = 200
 
     @property
     def num_bytes(self) -> int:
@@ -54,6 +56,8 @@ class Claim:
         self.name = name
         self.digest = digest
         self.claimed_at = claimed_at
+        self.early: Answer | None = None
+        """What the client was answered while the request still runs, where it was."""
         self._answers = answers
 
     def keep(self, answer: Answer) -> None:
@@ -123,7 +127,7 @@ class KeptAnswers:
 
         Raises:
             InpaintError: `KEY_REUSE`, the name stands for a request with another body; `IN_PROGRESS`, for one that
-                still runs.
+                still runs and was not answered early.
         """
         self.drop_expired()
         found = self._claims.get(name) or self._kept.get(name)
@@ -135,6 +139,8 @@ class KeptAnswers:
             raise InpaintError(
                 ErrorCode.KEY_REUSE, "This key was sent with another body; each request takes a new one."
             )
+        if isinstance(found, Claim) and found.early is not None:
+            return found.early
         if isinstance(found, Claim):
             # As long again as it has run so far: no client asks often, and none waits much longer than it has to.
             seconds = min(self._now() - found.claimed_at, _MAX_RETRY_AFTER_SECONDS)

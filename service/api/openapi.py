@@ -41,7 +41,7 @@ _GATE_CODES = (
     ErrorCode.HEADERS_TOO_LARGE,
     ErrorCode.INTERNAL,
 )
-_NOT_OF_INPAINT = frozenset({ErrorCode.NOT_FOUND, ErrorCode.METHOD_NOT_ALLOWED, ErrorCode.CANCELLED})
+_NOT_OF_INPAINT = frozenset({ErrorCode.NOT_FOUND, ErrorCode.GONE, ErrorCode.METHOD_NOT_ALLOWED, ErrorCode.CANCELLED})
 
 
 def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:

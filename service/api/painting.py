@@ -170,7 +170,7 @@ def start(admitted: Admitted, answer_of: Callable[[Painted], Answer]) -> Work:
     """
 
     async def finish(result: InpaintResult) -> Answer:
-        painted = await _render(admitted, result)
+        painted = await rendered(admitted, result)
         return await admitted.state.in_thread(lambda: answer_of(painted))
 
     return Work(admitted.handle, finish, admitted.claim, admitted.state.unfinished)
@@ -187,8 +187,8 @@ async def preview(admitted: Admitted, painted: Pixels) -> bytes:
     return await admitted.state.in_thread(lambda: preview_file(admitted.canvas, painted, fields))
 
 
-async def _render(admitted: Admitted, result: InpaintResult) -> Painted:
-    """Paste back and encode; note the timings."""
+async def rendered(admitted: Admitted, result: InpaintResult) -> Painted:
+    """Paste back and encode what was painted; note the timings."""
     state, fields, record = admitted.state, admitted.order.form.fields, admitted.record
     started_at = time.monotonic()
     policy, encoding = state.settings.nsfw_policy, admitted.order.encoding

@@ -30,6 +30,7 @@ STATUS: Mapping[ErrorCode, int] = {
     ErrorCode.NOT_ACCEPTABLE: 406,
     ErrorCode.REQUEST_TIMEOUT: 408,
     ErrorCode.IN_PROGRESS: 409,
+    ErrorCode.GONE: 410,
     ErrorCode.BODY_TOO_LARGE: 413,
     ErrorCode.UNSUPPORTED_MEDIA: 415,
     ErrorCode.INVALID_FIELD: 422,

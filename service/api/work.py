@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -14,6 +15,7 @@ from service.request import InpaintResult
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _Finish = Callable[[InpaintResult], Awaitable[Answer]]
 
 
@@ -55,7 +57,7 @@ class Work:
             InpaintError: There is none.
             ClientDisconnect: The client went away.
         """
-        gone = asyncio.ensure_future(_disconnected(request))
+        gone = asyncio.ensure_future(disconnected(request))
         try:
             await asyncio.wait((self._task, gone), return_when=asyncio.FIRST_COMPLETED)
             if not self._task.done():
@@ -74,13 +76,7 @@ class Work:
             self.handle.cancel("disconnect")
 
     async def _run(self) -> Answer:
-        try:
-            answer = await self._finish(await self.handle.result())
-        except InpaintError:
-            raise
-        except Exception:
-            logger.exception("request %s failed unexpectedly", self.handle.request_id)
-            raise internal_error() from None
+        answer = await outcome_of(self.handle, self._finish)
         if self._claim is not None:
             self._claim.keep(answer)
         return answer
@@ -93,7 +89,22 @@ class Work:
             task.exception()  # Looked at, or asyncio complains where nobody waits any more.
 
 
-async def _disconnected(request: Request) -> None:
+async def outcome_of(handle: Handle, finish: Callable[[InpaintResult], Awaitable[_T]]) -> _T:
+    """What is made of what was painted.
+
+    Raises:
+        InpaintError: Nothing. Of a fault of ours the log has the reason.
+    """
+    try:
+        return await finish(await handle.result())
+    except InpaintError:
+        raise
+    except Exception:
+        logger.exception("request %s failed unexpectedly", handle.request_id)
+        raise internal_error() from None
+
+
+async def disconnected(request: Request) -> None:
     """Wait for the client to hang up; the body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from math import ceil
 from typing import TypeVar
@@ -22,6 +23,14 @@ PRIORITY_SHARE = 4
 # How many requests behind a large one are tried in its stead, so that a long
 # queue does not cost the event loop a long search.
 _MAX_LOOK_PAST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """When a request is served: how many go before it, and the work of those and its own."""
+
+    position: int
+    work: int
 
 
 class _Lane:
@@ -104,6 +113,7 @@ class WaitingQueue:
         self._returned = _Lane()
         self._tiers = {has_priority: _Tier(1 if has_priority else PRIORITY_SHARE) for has_priority in (True, False)}
         self._tier_clock: FairClock[bool] = FairClock()
+        self._turns: dict[str, _Turn] | None = None  # Of the queue as it is; None where it has changed since.
 
     def __len__(self) -> int:
         return self._places.num_taken
@@ -130,7 +140,21 @@ class WaitingQueue:
 
     def position(self, handle: Handle) -> int | None:
         """Number of requests before it, should nobody arrive any more; None if it does not wait."""
-        return next((place for place, entry in enumerate(self._in_turn()) if entry.handle.key == handle.key), None)
+        turn = self._turn(handle)
+        return None if turn is None else turn.position
+
+    def num_row_calls_through(self, handle: Handle, native_size: int) -> float | None:
+        """Estimated work of a request and of all before it, should nobody arrive any more; None if it does not wait.
+
+        Args:
+            handle: The request.
+            native_size: The side of the model's native square.
+
+        Returns:
+            UNet rows of `native_size` times model calls.
+        """
+        turn = self._turn(handle)
+        return None if turn is None else turn.work / native_size**2
 
     def take(
         self, choose: Callable[[Handle], _T | None], is_held: Callable[[Handle], bool]
@@ -177,13 +201,24 @@ class WaitingQueue:
         beside = min(others.work, work * own.cost / others.cost)
         return (self._returned.work + work + beside) / native_size**2
 
+    def _turn(self, handle: Handle) -> _Turn | None:
+        """Found out once for all that wait: as many may ask as wait, between two changes of the queue."""
+        if self._turns is None:
+            self._turns, work = {}, 0
+            for position, entry in enumerate(self._in_turn()):
+                work += entry.work
+                self._turns[entry.handle.key] = _Turn(position, work)
+        return self._turns.get(handle.key)
+
     def _entry(self, handle: Handle) -> Waiting:
+        self._turns = None
         self._places.take(handle.client)
         return Waiting(handle, next(self._numbers), _pixel_calls(handle))
 
     def _pop(self, handle: Handle) -> Waiting | None:
         entry = self._returned.pop(handle) or self._tiers[handle.client.has_priority].pop(handle)
         if entry is not None:
+            self._turns = None
             self._places.give_back(handle.client)
         return entry
 

@@ -183,6 +183,16 @@ class Engine:
         self._router.add(handle)
         return handle
 
+    def eta_seconds(self, handle: Handle) -> float | None:
+        """Estimated time until a request is painted: by what is before it while it waits, then by its own steps.
+
+        None where nobody can tell yet.
+        """
+        if handle.position is None:
+            return handle.eta_seconds
+        native_size = self.model.native_size if self.model is not None else 1
+        return self._router.eta_seconds(native_size, handle)
+
     async def inspect_lora(self, path: Path) -> LoraInfo:
         """Have a ready worker look at a file that may become a LoRA.
 

@@ -16,7 +16,7 @@ Outcome = InpaintResult | InpaintError
 class Handle:
     """One admitted request, until its one outcome and after.
 
-    Callers use `request_id`, `position`, `latest`, `result`, `progress` and `cancel`; the
+    Callers use `request_id`, `position`, `latest`, `eta_seconds`, `result`, `progress`, `changed` and `cancel`; the
     rest is the engine's. Everything happens on the event loop.
 
     Args:
@@ -51,6 +51,8 @@ class Handle:
         # went away never asks for it, and asyncio would complain.
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._latest: StepProgress | None = None
+        self._latest_at = 0.0
+        self._first: tuple[int, float] | None = None  # Step and time; the start again after a lost worker.
         self._changed = asyncio.Event()
 
     # --- for callers ----------------------------------------------------------
@@ -64,6 +66,25 @@ class Handle:
     def latest(self) -> StepProgress | None:
         """The latest step; None before the first."""
         return self._latest
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds to the last step, by the pace of the steps so far; None before there are two to judge by."""
+        if self._latest is None or self._first is None:
+            return None
+        remaining = self._latest.steps - self._latest.step
+        if remaining <= 0:
+            return 0.0
+        first_step, first_at = self._first
+        if self._latest.step == first_step:
+            return None
+        pace = (self._latest_at - first_at) / (self._latest.step - first_step)
+        return max(0.0, pace * remaining - (time.monotonic() - self._latest_at))
+
+    async def changed(self) -> None:
+        """Wait for the next step or the outcome; at once where there is an outcome."""
+        if not self.is_ended:
+            await self._changed.wait()
 
     async def result(self) -> InpaintResult:
         """Wait for the outcome; may be called again.
@@ -131,6 +152,9 @@ class Handle:
         preview = progress.preview
         if preview is None and self._latest is not None and self._latest.step < progress.step:
             preview = self._latest.preview
+        self._latest_at = time.monotonic()
+        if self._first is None or progress.step <= self._first[0]:
+            self._first = (progress.step, self._latest_at)
         self._latest = StepProgress(self.request_id, progress.step, progress.steps, preview)
         self._wake()
 

@@ -76,6 +76,14 @@ class Router:
         paces = [load.seconds_per_row_call for load in self._loads()]
         return backlog_seconds(self.queue.num_row_calls(native_size, client), paces)
 
+    def eta_seconds(self, native_size: int, handle: Handle) -> float | None:
+        """Estimated time until a request that waits is painted; None if it does not wait, or nobody can tell."""
+        waiting, loads = self.queue.num_row_calls_through(handle, native_size), self._loads()
+        if waiting is None or not loads:
+            return None
+        running = sum(load.remaining_seconds / load.seconds_per_row_call for load in loads)
+        return backlog_seconds(waiting + running, [load.seconds_per_row_call for load in loads])
+
     def _loads(self) -> dict[Load, Worker]:
         return {worker.load: worker for worker in self._workers if worker.is_ready and worker.load is not None}
 
