@@ -66,17 +66,13 @@ def stage_timings(result: InpaintResult, render_seconds: float, total_seconds: f
 def image_answer(painted: Painted) -> Answer:
     """The bytes of the only image; what else there is to say, in headers."""
     file = painted.files[0]
-    headers = {
-        "X-Seed": str(painted.params.seed),
-        "X-NSFW-Content-Detected": "true" if file.is_flagged else "false",
-        "Server-Timing": _server_timing(painted.timings.model_dump()),
-    }
+    headers = image_headers(file, painted.params.seed) | server_timing(painted.timings.model_dump())
     return Answer(painted.request_id, file.media_type, headers, file.data)
 
 
 def json_answer(painted: Painted) -> Answer:
     """The answer as JSON. Encoding megabytes takes a while: not for the event loop."""
-    headers = {"Server-Timing": _server_timing(painted.timings.model_dump())}
+    headers = server_timing(painted.timings.model_dump())
     return Answer(painted.request_id, JSON_MEDIA_TYPE, headers, _json(painted).encode())
 
 
@@ -98,7 +94,8 @@ def response_of(answer: Answer, headers: Mapping[str, str] | None = None) -> Res
         answer: What to send.
         headers: Further headers.
     """
-    return Response(answer.body, answer.status, headers={**answer.headers, **(headers or {})}, media_type=answer.media_type)
+    said = {**answer.headers, **(headers or {})}
+    return Response(answer.body, answer.status, headers=said, media_type=answer.media_type)
 
 
 def inpaint_answer(painted: Painted, images: list[InpaintedImage]) -> InpaintAnswer:
@@ -129,6 +126,11 @@ def _json(painted: Painted) -> str:
     return inpaint_answer(painted, images).model_dump_json()
 
 
-def _server_timing(seconds: Mapping[str, float]) -> str:
-    """The header's value: milliseconds by stage."""
-    return ", ".join(f"{stage};dur={spent * 1000:.1f}" for stage, spent in seconds.items())
+def image_headers(file: ImageFile, seed: int) -> dict[str, str]:
+    """What there is to say beside an image's bytes."""
+    return {"X-Seed": str(seed), "X-NSFW-Content-Detected": "true" if file.is_flagged else "false"}
+
+
+def server_timing(seconds: Mapping[str, float]) -> dict[str, str]:
+    """The header: milliseconds by stage."""
+    return {"Server-Timing": ", ".join(f"{stage};dur={spent * 1000:.1f}" for stage, spent in seconds.items())}

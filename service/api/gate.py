@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.async_request import REQUESTS_PATH
 from service.api.body import BodyGuard
 from service.api.docs import DOCS_PATH, OPENAPI_PATH
 from service.api.keys import Keyrings
@@ -32,9 +33,6 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 ADAPTERS_PATH = "/v1/adapters"
 """What is below it, administrators alone may see and change; the list itself is for everyone with a key."""
-
-REQUESTS_PATH = "/v1/requests"
-"""Asynchronous requests; one can be given up while the service drains, too."""
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _CORS_METHODS = "GET, POST, PUT, DELETE"

@@ -1,7 +1,9 @@
 """`POST /v1/inpaint`: the native wire format."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from http import HTTPStatus
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -18,12 +20,14 @@ from service.api.answers import (
     json_answer,
     response_of,
 )
+from service.api.async_inpaint import respond_async
 from service.api.events import inpaint_events
 from service.api.forms import InpaintForm, read_form
 from service.api.kept_answers import Answer
 from service.api.multipart import read_parts
 from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES
 from service.api.painting import Admitted, Body, Order, admit, preview, start
+from service.api.prefer import Preference, preference_of
 from service.api.problems import Fault, InvalidRequest
 from service.api.records import record_of
 from service.api.state import state_of
@@ -62,14 +66,20 @@ def add_routes(app: FastAPI) -> None:
 async def inpaint(request: Request) -> Response:
     """Send a picture, a mask and a prompt; get the picture back with the masked part repainted."""
     accept = ", ".join(request.headers.getlist("Accept"))
-    choose_media_type(accept, _OFFERS)  # Nobody uploads megabytes for a 406.
+    preference = preference_of(request)
+    is_async = preference.respond_async
+    webhook = state_of(request).async_requests.policy.webhook_of(request, is_async=is_async)
+    if not is_async:
+        choose_media_type(accept, _OFFERS)  # Nobody uploads megabytes for a 406.
     admitted = await admit(
         request,
         lambda: read_parts(request.headers.get("Content-Type", ""), request.stream()),
-        lambda body, model: _order(body, model, accept),
+        lambda body, model: _async_order(body, model, accept, preference) if is_async else _order(body, model, accept),
     )
     if isinstance(admitted, Answer):
         return _replay(request, admitted, accept)
+    if is_async:
+        return await respond_async(request, admitted, preference, webhook)
     work = start(admitted, _ANSWERS.get(admitted.order.media_type, image_answer))
     if admitted.order.media_type == EVENT_STREAM_MEDIA_TYPE:
         return StreamingResponse(
@@ -84,7 +94,8 @@ def _replay(request: Request, answer: Answer, accept: str) -> Response:
     Raises:
         InpaintError: `NOT_ACCEPTABLE`.
     """
-    choose_media_type(accept, (answer.media_type,))
+    if answer.status == HTTPStatus.OK:
+        choose_media_type(accept, (answer.media_type,))
     record_of(request.scope).replay_of = answer.request_id
     state_of(request).metrics.replayed()
     return response_of(answer, {"Idempotent-Replayed": "true", "Original-Request": answer.request_id})
@@ -95,12 +106,36 @@ def _order(body: Body, model: ModelInfo, accept: str) -> Order:
     assert not isinstance(body, bytes)  # noqa: S101 - for the type checker: see `inpaint`
     form = read_form(body, model)
     answer_type = _answer_type(form, accept)
-    fields = form.fields
-    if answer_type in _FORMAT_OF_TYPE and not form.is_format_named:
-        fields = fields.model_copy(update={"output_format": _FORMAT_OF_TYPE[answer_type]})
+    form = _with_format(form, answer_type)
     if answer_type != EVENT_STREAM_MEDIA_TYPE:
-        fields = fields.model_copy(update={"previews": False})
-    return Order(replace(form, fields=fields), answer_type)
+        form = replace(form, fields=form.fields.model_copy(update={"previews": False}))
+    return Order(form, answer_type)
+
+
+def _async_order(body: Body, model: ModelInfo, accept: str, preference: Preference) -> Order:
+    """The same where the result is fetched later, whatever shapes the client now takes.
+
+    Where it would wait a while, these are the shapes in which it may be answered meanwhile.
+    """
+    assert not isinstance(body, bytes)  # noqa: S101 - for the type checker: see `inpaint`
+    form = read_form(body, model)
+    answer_type = JSON_MEDIA_TYPE
+    if preference.wait_seconds and form.fields.num_images_per_prompt == 1:
+        with suppress(InpaintError):  # `NOT_ACCEPTABLE`
+            answer_type = choose_media_type(accept, (*_image_types(form), JSON_MEDIA_TYPE))
+    return Order(_with_format(form, answer_type), answer_type)
+
+
+def _image_types(form: InpaintForm) -> tuple[str, ...]:
+    """What the image may be encoded as."""
+    return (media_type(form.fields.output_format),) if form.is_format_named else tuple(_FORMAT_OF_TYPE)
+
+
+def _with_format(form: InpaintForm, answer_type: str) -> InpaintForm:
+    """The form, with the format that is answered."""
+    if answer_type not in _FORMAT_OF_TYPE or form.is_format_named:
+        return form
+    return replace(form, fields=form.fields.model_copy(update={"output_format": _FORMAT_OF_TYPE[answer_type]}))
 
 
 def _answer_type(form: InpaintForm, accept: str) -> str:
@@ -109,8 +144,7 @@ def _answer_type(form: InpaintForm, accept: str) -> str:
     Raises:
         InpaintError: `NOT_ACCEPTABLE`, or `INVALID_FIELD` for several images where one is to be answered.
     """
-    images = (media_type(form.fields.output_format),) if form.is_format_named else tuple(_FORMAT_OF_TYPE)
-    chosen = choose_media_type(accept, (*images, JSON_MEDIA_TYPE, EVENT_STREAM_MEDIA_TYPE))
+    chosen = choose_media_type(accept, (*_image_types(form), JSON_MEDIA_TYPE, EVENT_STREAM_MEDIA_TYPE))
     if chosen in _FORMAT_OF_TYPE and form.fields.num_images_per_prompt > 1:
         message = "More than one image is answered as JSON: send 'Accept: application/json'."
         raise InvalidRequest((Fault("num_images_per_prompt", ErrorCode.INVALID_FIELD, message),))

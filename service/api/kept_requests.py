@@ -47,11 +47,6 @@ class _Shelf(Generic[_T]):
         self.kept: OrderedDict[str, _Kept[_T]] = OrderedDict()
         self.num_bytes = 0
 
-    @property
-    def oldest(self) -> _Kept[_T]:
-        """There has to be one."""
-        return next(iter(self.kept.values()))
-
     def add(self, request_id: str, kept: _Kept[_T]) -> None:
         """It is the newest."""
         self.kept[request_id] = kept
@@ -143,28 +138,30 @@ class KeptRequests(Generic[_T]):
         """A request has ended and is kept, where there is room for it.
 
         Args:
-            request_id: Which; of no effect where it was forgotten.
+            request_id: Which; of no effect where it does not run.
             num_bytes: What its result takes.
 
         Returns:
-            Whether it is kept. It is not where it would take more than all others of its client, and its client more
-            than anybody else: then it would be the first to make room.
+            Whether it is kept. It is not where it would be the first to make room itself: where it takes more than
+            there is, or its client would hold more than any other with it alone. Then nothing has happened, and it
+            may end with less.
         """
-        client, request = self._running.pop(request_id, (None, None))
+        client, request = self._running.get(request_id, (None, None))
         if client is None or request is None:
             return False
         self.drop_expired()
-        self._num_ended_ever += 1
         kept = _Kept(request, num_bytes + ENTRY_BYTES, self._now(), self._num_ended_ever)
-        if kept.num_bytes > self._max_bytes:
-            return False  # It would drive out the others in vain.
         shelf = self._shelves.setdefault(client, _Shelf())
         shelf.add(request_id, kept)
-        while self.num_bytes > self._max_bytes:
-            self._drop_oldest(max(self._shelves, key=lambda one: (self._shelves[one].num_bytes, self._age_rank(one))))
-        while self.num_kept > self._max_ended:
-            self._drop_oldest(max(self._shelves, key=lambda one: (len(self._shelves[one].kept), self._age_rank(one))))
-        return request_id in shelf.kept
+        too_many = self._too_many()
+        if (client, request_id) in too_many:
+            self._drop(client, request_id)
+            return False
+        for owner, other_id in too_many:
+            self._drop(owner, other_id)
+        del self._running[request_id]
+        self._num_ended_ever += 1
+        return True
 
     def forget(self, request_id: str, client: Client) -> None:
         """It is gone, running or ended; of no effect where it is gone already."""
@@ -178,14 +175,29 @@ class KeptRequests(Generic[_T]):
         """Forget what ended too long ago."""
         kept_since = self._now() - self._max_age_seconds
         for client in list(self._shelves):
-            while client in self._shelves and self._shelves[client].oldest.kept_at <= kept_since:
-                self._drop_oldest(client)
+            for request_id, kept in list(self._shelves[client].kept.items()):
+                if kept.kept_at > kept_since:
+                    break
+                self._drop(client, request_id)
 
-    def _age_rank(self, client: Client) -> int:
-        return -self._shelves[client].oldest.number
-
-    def _drop_oldest(self, client: Client) -> None:
-        self._drop(client, next(iter(self._shelves[client].kept)))
+    def _too_many(self) -> list[tuple[Client, str]]:
+        """What has to go, so that the rest has room."""
+        gone: list[tuple[Client, str]] = []
+        num_bytes = {client: shelf.num_bytes for client, shelf in self._shelves.items()}
+        num_kept = {client: len(shelf.kept) for client, shelf in self._shelves.items()}
+        oldest_first = {client: iter(list(shelf.kept.items())) for client, shelf in self._shelves.items()}
+        heads = {client: next(line) for client, line in oldest_first.items()}
+        while sum(num_bytes.values()) > self._max_bytes or sum(num_kept.values()) > self._max_ended:
+            holds = num_bytes if sum(num_bytes.values()) > self._max_bytes else num_kept
+            client = max(heads, key=lambda one: (holds[one], -heads[one][1].number))
+            request_id, kept = heads.pop(client)
+            gone.append((client, request_id))
+            num_bytes[client] -= kept.num_bytes
+            num_kept[client] -= 1
+            following = next(oldest_first[client], None)
+            if following is not None:
+                heads[client] = following
+        return gone
 
     def _drop(self, client: Client, request_id: str) -> None:
         shelf = self._shelves[client]

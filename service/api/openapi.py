@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from service import __version__
+from service.api import prefer, webhook
 from service.api.field_types import FreeUFactors
 from service.api.fields import InpaintFields
 from service.api.idempotency import HEADER, MAX_CHARACTERS, PATTERN
@@ -136,7 +137,22 @@ INPAINT_OPERATION: dict[str, Any] = {
             "description": "Makes a repetition safe: the same key and form get the first answer again, even where its "
             "client had hung up. Another form is `key_reuse`; while the first request runs, `in_progress`.",
             "schema": {"type": "string", "minLength": 1, "maxLength": MAX_CHARACTERS, "pattern": f"^{PATTERN}$"},
-        }
+        },
+        {
+            "name": prefer.HEADER,
+            "in": "header",
+            "description": "`respond-async` (RFC 7240): 202 as soon as the request is admitted; it is asked for at "
+            "`/v1/requests/{request_id}`. `respond-async, wait=10`: the answer itself, if it is there within 10 "
+            "seconds.",
+            "schema": {"type": "string"},
+        },
+        {
+            "name": webhook.HEADER,
+            "in": "header",
+            "description": "With `respond-async`: where its end is to be told, at a host that the operator allows. The "
+            "state is sent there, signed as Standard Webhooks has it.",
+            "schema": {"type": "string", "format": "uri", "minLength": 1, "maxLength": webhook.MAX_CHARACTERS},
+        },
     ],
     "requestBody": {
         "required": True,
@@ -188,6 +204,15 @@ INPAINT_RESPONSES: dict[int | str, dict[str, Any]] = {
                 }
             },
         },
+    },
+    202: {
+        "description": "With `Prefer: respond-async`: the request is admitted.",
+        "headers": {
+            "Location": {"description": "Where to ask for it.", "schema": _TEXT},
+            prefer.APPLIED_HEADER: {"description": "`respond-async`.", "schema": _TEXT},
+            "Retry-After": {"description": "Seconds after which to ask.", "schema": {"type": "integer"}},
+        },
+        "content": {"application/json": {"schema": {"$ref": _REFS.format(model="RequestState")}}},
     },
     **problems(*(code for code in ErrorCode if code not in _NOT_OF_INPAINT)),
 }

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from service.api.async_requests import AsyncRequests
 from service.api.kept_answers import KeptAnswers
 from service.api.work import Work
 from service.engine.clients import ANONYMOUS, Client
@@ -69,6 +70,7 @@ class ServiceState:
         intake: Bounds requests whose bodies are in memory.
         uploads: Bounds adapters whose uploads are on the disk.
         kept_answers: Answers for clients that repeat their request.
+        async_requests: Requests whose results are fetched later.
         created: Unix time at which the service started.
         unfinished: Admitted requests that have no answer yet, whether or not their clients still wait.
     """
@@ -80,6 +82,7 @@ class ServiceState:
     intake: Intake
     uploads: Intake
     kept_answers: KeptAnswers
+    async_requests: AsyncRequests
     created: int
     unfinished: set[Work] = field(default_factory=set)
 

@@ -116,7 +116,7 @@ def webhook_secret(settings: Settings) -> bytes | None:
         except UnicodeDecodeError:
             raise StartupError(f"{label}: {path} is not UTF-8") from None
     if not text:
-        raise StartupError(f"{label}: webhooks are signed, so with {setting_label('webhook_hosts')} there has to be one")
+        raise StartupError(f"{label}: webhooks are signed: with {setting_label('webhook_hosts')} there has to be one")
     try:
         secret = base64.b64decode(text.removeprefix(_SECRET_PREFIX), validate=True)
     except (binascii.Error, ValueError):

@@ -115,6 +115,11 @@ class Engine:
         """Whether new requests are refused for good."""
         return self._draining_until is not None
 
+    @property
+    def drain_seconds_left(self) -> float:
+        """What is left of the drain time; 0 where nothing is, or the engine does not drain."""
+        return 0.0 if self._draining_until is None else max(0.0, self._draining_until - time.monotonic())
+
     def workers(self) -> list[WorkerStatus]:
         """Every worker, in the order of the devices."""
         return [status_of(worker) for worker in self._workers]
