@@ -132,7 +132,7 @@ class AsyncRequest:
 
     @property
     def progress(self) -> Progress:
-        """How far it is. What a lost worker did does not count."""
+        """How far it is; nowhere while it waits, though a worker was lost with it."""
         if self._ended is not None:
             return self._ended.progress
         return Progress(0, 1) if self.job is None else _progress(self.job.handle)

@@ -494,7 +494,7 @@ def test_pages_of_other_origins_can_tell_a_repetition() -> None:
 def test_the_documentation_has_the_header(server: LiveServer) -> None:
     """The OpenAPI document and the page made of it name the header, its length, and the codes that come of it."""
     operation = server.client.get("/openapi.json").json()["paths"]["/v1/inpaint"]["post"]
-    (parameter,) = operation["parameters"]
+    (parameter,) = [one for one in operation["parameters"] if one["name"] == "Idempotency-Key"]
     assert (parameter["name"], parameter["in"], parameter["schema"]["maxLength"]) == ("Idempotency-Key", "header", 255)
     assert "in_progress" in operation["responses"]["409"]["description"]
     assert "key_reuse" in operation["responses"]["422"]["description"]

@@ -74,14 +74,15 @@ def test_answers_have_their_true_content_types(document: dict[str, Any]) -> None
 
     success = {"image/png", "image/jpeg", "image/webp", "application/x-npy", "application/json", "text/event-stream"}
     assert set(responses["200"]["content"]) == success
-    failures = {status: response for status, response in responses.items() if status != "200"}
+    assert responses["202"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/RequestState"}
+    failures = {status: response for status, response in responses.items() if status not in ("200", "202")}
     assert set(failures) == {
         str(status) for status in (400, 401, 403, 406, 408, 409, 413, 415, 422, 429, 431, 500, 503, 504, 507)
     }
     for response in failures.values():
         schema = response["content"]["application/problem+json"]["schema"]
         assert schema == {"$ref": "#/components/schemas/Problem"}
-    assert {"Problem", "InpaintAnswer", "ModelList"} <= set(document["components"]["schemas"])
+    assert {"Problem", "InpaintAnswer", "ModelList", "RequestState"} <= set(document["components"]["schemas"])
 
 
 def test_document_is_valid_openapi(document: dict[str, Any]) -> None:
