@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.admission import WaitingQueue, backlog_seconds, retry_after
+from service.engine.clients import Client
 from service.engine.handle import Handle
 from tests.process.support import PARAMS, Admitted
 
@@ -116,3 +117,28 @@ def test_retry_after_is_whole_and_bounded(seconds: float) -> None:
     assert isinstance(value, int)
     assert 1 <= value <= 300
     assert value >= min(seconds, 300)
+
+
+@given(st.lists(st.tuples(st.sampled_from("adrp"), st.integers(1, 4), st.integers(0, 2)), max_size=40))
+def test_places_are_those_of_the_queue_as_it_is(events: list[tuple[str, int, int]]) -> None:
+    """After any arrivals, departures and losses, a request's place is when it would be taken, and work adds up."""
+    queue, waiting, taken = WaitingQueue(100), {}, []
+    for number, (event, num_images, client) in enumerate(events):
+        if event == "a":
+            handle = Admitted(str(number), num_images, client=Client(client, has_priority=client == 2))
+            queue.append(handle)
+            waiting[handle.key] = handle
+        elif event == "d" and waiting:
+            assert queue.remove(waiting.pop(next(iter(waiting))))
+        elif event == "r" and (found := queue.take(lambda _: True, is_held=lambda _: False)):
+            taken.append(waiting.pop(found[0].key))
+        elif event == "p" and taken:
+            queue.put_back([taken.pop()])
+            waiting = {entry.handle.key: entry.handle for entry in queue._in_turn()}
+        order = [entry.handle for entry in queue._in_turn()]
+        assert [queue.position(handle) for handle in order] == list(range(len(waiting)))
+        rows = [handle.request.params.num_rows * 4 for handle in order]
+        through = [queue.num_row_calls_through(handle, 64) for handle in order]
+        assert through == [sum(rows[: place + 1]) for place in range(len(order))]
+    assert queue.position(Admitted("nobody")) is None
+    assert queue.num_row_calls_through(Admitted("nobody"), 64) is None

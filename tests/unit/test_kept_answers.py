@@ -229,3 +229,22 @@ def test_whatever_happens_the_books_are_right(events: list[tuple[str, int, int]]
         assert answers.num_bytes == sum(kept.answer.num_bytes for kept in answers._kept.values()) <= ROOM_BYTES
         assert answers.num_claimed == len(running)
         assert all(refusal(answers, bytes([one])).code == ErrorCode.IN_PROGRESS for one in running)
+
+
+def test_an_early_answer_is_given_while_the_request_still_runs_and_after(answers: KeptAnswers, clock: Clock) -> None:
+    """A request that was answered before it ended is repeated by that answer, however long it runs, and then kept."""
+    early = answer()
+    held = claim(answers, b"a")
+    held.early = early
+    clock.now = 1000.0
+
+    assert answers.begin(b"a", b"digest") is early
+    assert refusal(answers, b"a", b"other").code == ErrorCode.KEY_REUSE
+    assert answers.num_kept == 0
+
+    held.keep(early)
+    held.release()
+    clock.now = 1059.9
+    assert answers.begin(b"a", b"digest") is early
+    clock.now = 1060.0
+    assert not answers.is_known(b"a")
