@@ -25,6 +25,7 @@ import httpx
 import pytest
 from PIL import Image, PngImagePlugin
 
+from tests.http.receiver import Receiver, receiving
 from tests.http.serving import (
     CLOSING,
     eventually,
@@ -70,13 +71,13 @@ def test_traces_are_found() -> None:
 
 
 @contextlib.contextmanager
-def served(folder: Path, log_format: str) -> Iterator["Sender"]:
+def served(folder: Path, log_format: str, *flags: str) -> Iterator["Sender"]:
     """Requests to a `serve` with keys that writes all it has to say into a file."""
     written = folder / "written"
     keys = f"shop={CLIENT},hashed=sha256:{hashlib.sha256(HASHED.encode()).hexdigest()}"
     arguments = ["--port", "0", "--devices", "cpu", "--log-level", "debug", "--log-format", log_format]
     arguments += ["--model", f"fake?gate={folder / 'gate'}", "--lora-dir", str(folder / "loras")]
-    arguments += ["--allowed-hosts", "127.0.0.1,localhost"]
+    arguments += ["--allowed-hosts", "127.0.0.1,localhost", *flags]
     environment = {**os.environ, "INPAINT_API_KEYS": keys, "INPAINT_ADMIN_KEYS": f"root={ADMIN}"}
     with written.open("wb") as file:
         process = subprocess.Popen(
@@ -164,6 +165,21 @@ class Sender:
         named = {name: (f"{MARK}-{name}.png", content) for name, (_, content) in files.items()}
         return self.send(files=named, data=data, headers=headers or {}, key=key)
 
+    def later(self, headers: dict[str, str], **fields: Any) -> None:
+        """An inpainting request that is asked for until it has ended, in every way."""
+        files, data = form(**{"image": marked_png(), **TEXTS, **fields})
+        named = {name: (f"{MARK}-{name}.png", content) for name, (_, content) in files.items()}
+        own = {"Authorization": f"Bearer {CLIENT}", "Idempotency-Key": f"{MARK}-{len(self.statuses)}", **HEADERS}
+        sent = {**own, "Prefer": "respond-async", **headers}
+        response = self.client.post("/v1/inpaint", files=named, data=data, headers=sent)
+        assert response.status_code == 202
+        self.note(response.status_code, response.headers, response.content)
+        url = response.headers["Location"]
+        assert self.send("GET", f"{url}?wait=20&include=b64_json&{MARK}=query") == 200
+        for path in ("/events", "/images/0", f"/images/{MARK}"):
+            self.send("GET", url + path)
+        assert self.send("DELETE", url) == 204
+
     def raw(self, *pieces: bytes) -> int:
         """Bytes."""
         with self.connect(*pieces) as connection:
@@ -202,6 +218,22 @@ def send_good(sender: Sender) -> None:
     assert sender.inpaint({"Accept": "application/json"}, key=HASHED, image=marked_jpeg()) == 200
     assert sender.inpaint({"Accept": "text/event-stream"}, previews="true") == 200
     assert sender.send("GET", f"/v1/models?{MARK}=query") == 200
+
+
+def send_async(sender: Sender, receiver: Receiver) -> None:
+    """Requests that are asked for later, well and badly, and addresses that are told of their end."""
+    sender.later(receiver.url(f"/{MARK}?{MARK}=query"))
+    sender.later(receiver.url(f"/{MARK}"), prompt=f"fail {MARK}")
+    for host in (f"{MARK}.example", f"{MARK}@127.0.0.1:{receiver.port}"):
+        url = {"X-Webhook-URL": f"http://{host}/{MARK}", "Prefer": f"respond-async, {MARK}={MARK}"}
+        assert sender.inpaint(url) in (403, 422)
+    assert sender.inpaint(receiver.url(f"/{MARK}")) == 422
+    for path in (f"/v1/requests/{MARK}", f"/v1/requests/{MARK}/events", f"/v1/requests/{MARK}/images/{MARK}"):
+        assert sender.send("GET", path, headers={"Last-Event-ID": MARK, "If-None-Match": MARK}) == 404
+    assert sender.send("GET", f"/v1/requests/{MARK}?include={MARK}&wait={MARK}") == 422
+    sender.later({"X-Webhook-URL": f"{receiver.host}/{MARK}"}, prompt=f"hold {MARK}", timeout="0.2")
+    eventually(lambda: len(receiver.calls) == 3)
+    assert all(MARK in call.path for call in receiver.calls)
 
 
 def send_bad(sender: Sender) -> None:
@@ -266,8 +298,12 @@ def send_failing(sender: Sender) -> None:
 def test_nothing_of_a_request_is_logged_counted_or_answered(tmp_path: Path, log_format: str) -> None:
     """Prompts, pictures, file names, keys, header values: in no line of the log, no metric, no error."""
     (tmp_path / "loras").mkdir()
-    with served(tmp_path, log_format) as sender:
+    secret = tmp_path / "secret"
+    secret.write_text("whsec_" + base64.b64encode(f"{MARK}-of-thirty-two-bytes-or-more".encode()).decode())
+    flags = ["--webhook-secret-file", str(secret)]
+    with receiving() as receiver, served(tmp_path, log_format, "--webhook-hosts", receiver.host, *flags) as sender:
         send_good(sender)
+        send_async(sender, receiver)
         send_bad(sender)
         send_refused(sender)
         send_failing(sender)
