@@ -35,10 +35,13 @@ ADAPTERS_PATH = "/v1/adapters"
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _CORS_METHODS = "GET, POST, PUT, DELETE"
-_CORS_HEADERS = "Authorization, Content-Type, Idempotency-Key, Prefer, X-API-Key, X-Request-Id"
+_CORS_HEADERS = (
+    "Authorization, Content-Type, Idempotency-Key, Prefer, Stability-Client-ID, Stability-Client-User-ID, "
+    "Stability-Client-Version, X-API-Key, X-Request-Id"
+)
 _CORS_EXPOSED = (
-    "Idempotent-Replayed, Original-Request, Retry-After, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, "
-    "X-Should-Retry"
+    "Finish-Reason, Idempotent-Replayed, Original-Request, Retry-After, Seed, Server-Timing, X-NSFW-Content-Detected, "
+    "X-Request-Id, X-Seed, X-Should-Retry"
 )
 _CORS_MAX_AGE_SECONDS = 600
 
