@@ -9,7 +9,9 @@ README = Path(__file__).parents[2] / "README.md"
 LANGUAGES = ("bash", "python", "javascript", "html")
 """What is run. Blocks in other languages show files or answers."""
 
-_BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+_BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 _EXCUSE = "not run: "
 _TEST_COMMAND = "test-command"  # How the tests are run, marked for the CI script.
 
