@@ -30,7 +30,7 @@ from service.api.ip_adapter import ip_adapter_use
 from service.api.kept_answers import Answer, Claim
 from service.api.loras import resolve_loras
 from service.api.multipart import Part, read_parts
-from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES
+from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES, Tag
 from service.api.pictures import Canvas, prepare_canvas, preview_file, render
 from service.api.problems import Fault, InvalidRequest
 from service.api.records import RequestRecord, record_of
@@ -90,6 +90,7 @@ def add_routes(app: FastAPI) -> None:
         methods=["POST"],
         response_class=Response,
         response_model=None,
+        tags=[Tag.INPAINTING],
         summary="Repaint the masked part of a picture",
         openapi_extra=INPAINT_OPERATION,
         responses=INPAINT_RESPONSES,
