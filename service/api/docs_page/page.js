@@ -47,6 +47,19 @@ const listsAsJson = () => ({
   },
 });
 
+/* Arrays and the like are for downloading; Swagger UI would show their bytes as text. */
+const binariesAsFiles = () => ({
+  wrapComponents: {
+    responseBody:
+      (ResponseBody, { React }) =>
+      (props) => {
+        const isPicture = /^image\//.test(props.contentType);
+        const contentType = props.content instanceof Blob && !isPicture ? "application/octet-stream" : props.contentType;
+        return React.createElement(ResponseBody, { ...props, contentType });
+      },
+  },
+});
+
 /* The answer's first content type is the one that is asked for, as the list of them shows. */
 const firstContentType = () => ({
   statePlugins: { spec: { wrapSelectors: { currentProducesFor: () => () => "" } } },
@@ -61,5 +74,5 @@ window.SwaggerUIBundle({
   defaultModelsExpandDepth: 0,
   // The default is a service on the Internet.
   validatorUrl: null,
-  plugins: [onlyWhatIsFilledIn, listsAsJson, firstContentType],
+  plugins: [onlyWhatIsFilledIn, listsAsJson, binariesAsFiles, firstContentType],
 });
