@@ -9,7 +9,8 @@ How a route gets into it, and so into `/docs` and `openapi.yaml`, by arguments o
 - `openapi_extra=`: what is read by hand, `parameters` and `requestBody`. In forms, files are
   `{"type": "string", "format": "binary"}`; fields that hold JSON have the schema of what they hold and an `encoding` of
   `application/json`. Nothing is sent for a field that is left empty on the page. The first of a schema's `examples`
-  is filled in there, so give one only where a request should begin with it.
+  is filled in there, so give one only where a request should begin with it. A body of JSON begins as the `example` of
+  its media type; without one, as every field with something made up.
 - Schemas that no signature names: by `models_json_schema` in `openapi_document`.
 
 `X-Request-Id` is added to every answer. After a change: `inpaint-service openapi > openapi.yaml`.

@@ -168,6 +168,7 @@ def test_every_kind_of_field_is_sent_as_it_is_meant(browser: Browser, server: Li
         docs.row("composite").locator("select").select_option("false")
         docs.row("batching").locator("select").select_option("solo")
         docs.row("num_images_per_prompt").locator("input").fill("2")
+        expect(docs.operation.get_by_role("button", name="Reset")).to_have_count(0)
         expect(docs.row("guidance_scale")).to_contain_text("Default: 7.5")
         docs.ask_for("application/json")
         response = docs.execute()
@@ -198,6 +199,64 @@ def test_every_kind_of_field_is_sent_as_it_is_meant(browser: Browser, server: Li
         assert docs.execute().status == 200
         assert docs.sent().keys() == {"image", "mask", "prompt", "seed"}
         assert docs.complaints == []
+
+
+def test_forms_and_bodies_of_any_format(browser: Browser, server: LiveServer) -> None:
+    """What other formats are made of can be filled in: several files, required fields, JSON with an example."""
+    file = {"type": "string", "format": "binary"}
+    form = {
+        "type": "object",
+        "required": ["prompt"],
+        "properties": {
+            "image": {"anyOf": [file, {"type": "array", "items": file}]},
+            "image[]": {"type": "array", "items": file},
+            "prompt": {"type": "string"},
+            "n": {"type": "integer", "default": 1},
+        },
+    }
+    json = {"schema": {"type": "object", "properties": {"steps": {"type": "integer"}}}, "example": {"steps": 20}}
+    answer = {"200": {"description": "Done.", "content": {"application/json": {"schema": {"type": "object"}}}}}
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": "Formats", "version": "1"},
+        "paths": {
+            f"/{name}": {
+                "post": {"operationId": name, "tags": ["T"], "requestBody": {"content": body}, "responses": answer}
+            }
+            for name, body in {
+                "form": {"multipart/form-data": {"schema": form}},
+                "json": {"application/json": json},
+            }.items()
+        },
+    }
+    context = browser.new_context()
+    context.route("**/openapi.json", lambda route: route.fulfill(json=document))
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{server.port}/docs")
+    commands = []
+    for name in ("form", "json"):
+        operation = page.locator(f"#operations-T-{name}")
+        operation.locator(".opblock-summary").click()
+        operation.get_by_role("button", name="Try it out").click()
+        if name == "form":
+            operation.get_by_role("button", name="Execute").click()
+            expect(operation.locator("[data-property-name=prompt] .invalid")).to_be_visible()
+            operation.locator("[data-property-name=prompt] input").fill("a red house")
+            operation.locator("[data-property-name=image] input").set_input_files(EXAMPLE / "scene.png")
+            several = operation.locator("[data-property-name='image[]']")
+            several.get_by_role("button").first.click()
+            several.locator("input").set_input_files(EXAMPLE / "mask.png")
+        operation.get_by_role("button", name="Execute").click()
+        commands.append(operation.locator(".curl").inner_text())
+    context.close()
+
+    parts = re.findall(r"-F '([^']*)'", commands[0])
+    assert sorted(parts) == [
+        "image=@scene.png;type=image/png",
+        "image[]=@mask.png;type=image/png",
+        "prompt=a red house",
+    ]
+    assert re.search(r'-d \'{\s*"steps": 20\s*}\'', commands[1])
 
 
 def test_a_refusal_is_shown_with_its_field(browser: Browser, server: LiveServer) -> None:

@@ -6,6 +6,8 @@ const followColours = () => document.documentElement.classList.toggle("dark-mode
 prefersDark.addEventListener("change", followColours);
 followColours();
 
+const isForm = (contentType) => /^(multipart\/|application\/x-www-form-urlencoded)/.test(contentType);
+
 /*
  * Forms as this API means them: what is left empty is not sent. Swagger UI by itself fills every field with a sample,
  * down to the least or largest allowed number, and sends the empty ones as empty texts.
@@ -16,7 +18,7 @@ const onlyWhatIsFilledIn = () => ({
     RequestBody:
       (RequestBody, { React }) =>
       (props) => {
-        if (!/^(multipart\/|application\/x-www-form-urlencoded)/.test(props.contentType)) {
+        if (!isForm(props.contentType)) {
           return React.createElement(RequestBody, props);
         }
         const properties = ["content", props.contentType, "schema", "properties"];
@@ -26,6 +28,17 @@ const onlyWhatIsFilledIn = () => ({
           requestBody: props.requestBody.updateIn(properties, (fields) => fields && fields.map(withDefaultShown)),
         });
       },
+  },
+  statePlugins: {
+    oas3: {
+      wrapSelectors: {
+        // No button that resets a form: it fills in the samples, and leaves files named that are not sent any more.
+        hasUserEditedBody:
+          (original, { oas3Selectors }) =>
+          (_, ...operation) =>
+            isForm(oas3Selectors.requestContentType(...operation)) ? false : original(...operation),
+      },
+    },
   },
 });
 
@@ -37,13 +50,15 @@ const withDefaultShown = (field) => {
   return field.update("description", "", (text) => `${text} Default: \`${JSON.stringify(value)}\`.`);
 };
 
-/* Lists in forms are JSON texts here; Swagger UI's own widget for lists sends numbers in them as texts. */
+/* Lists in forms are JSON texts, unless of files; Swagger UI's own widget for lists sends numbers in them as texts. */
 const listsAsJson = () => ({
   wrapComponents: {
     JsonSchema_array:
-      (_, { React, getComponent }) =>
-      (props) =>
-        React.createElement(getComponent("JsonSchema_object"), props),
+      (FileList, { React, getComponent }) =>
+      (props) => {
+        const isOfFiles = props.schema.getIn(["items", "format"]) === "binary";
+        return React.createElement(isOfFiles ? FileList : getComponent("JsonSchema_object"), props);
+      },
   },
 });
 
