@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.body import BodyGuard
-from service.api.docs import DOCS_PATH, OPENAPI_PATH
+from service.api.docs import DOCS_PATHS
 from service.api.keys import Keyrings
 from service.api.ops import METRICS_PATH
 from service.api.problems import problem_response
@@ -62,8 +62,7 @@ class Gate:
         self._keys = keys
         self._accesses: dict[str, Access] = {
             **dict.fromkeys(OPEN_PATHS, "open"),
-            DOCS_PATH: settings.docs_access,
-            OPENAPI_PATH: settings.docs_access,
+            **dict.fromkeys(DOCS_PATHS, settings.docs_access),
             METRICS_PATH: settings.metrics_access,
         }
         self._hosts = frozenset(_host_name(host) for host in settings.allowed_hosts)

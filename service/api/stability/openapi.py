@@ -94,7 +94,7 @@ def _responses() -> dict[int | str, dict[str, Any]]:
             "schema": {"type": "string", "enum": ["SUCCESS", "CONTENT_FILTERED"]},
         },
         "Seed": {"description": f"{_SEED_TEXT} Of image answers.", "schema": {"type": "integer"}},
-        **{name: native["headers"][name] for name in ("X-Request-Id", "Idempotent-Replayed", "Original-Request")},
+        **{name: native["headers"][name] for name in ("Idempotent-Replayed", "Original-Request")},
     }
     answer = {
         "model": StabilityAnswer,

@@ -10,6 +10,7 @@ from service.api.accept import choose_media_type
 from service.api.answers import JSON_MEDIA_TYPE, Painted, response_of
 from service.api.kept_answers import Answer
 from service.api.multipart import read_parts
+from service.api.openapi import Tag
 from service.api.painting import Body, Order, admit, start
 from service.api.pictures import ImageFile
 from service.api.records import record_of
@@ -30,6 +31,7 @@ def add_routes(app: FastAPI) -> None:
         methods=["POST"],
         response_class=Response,
         response_model=None,
+        tags=[Tag.OTHER_FORMATS],
         summary="Repaint the masked part of a picture, in the wire format of Stability's API",
         openapi_extra=OPERATION,
         responses=RESPONSES,
