@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(options)
     except StartupError as error:
         return _fail(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def _serve(options: Mapping[str, Any]) -> int:
@@ -66,8 +68,6 @@ def _inpaint(options: Mapping[str, Any]) -> int:
         )
     except WrongUsage as error:
         return _fail(error, EXIT_USAGE)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
 
 
 def _text(value: str | bool) -> str:

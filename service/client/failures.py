@@ -1,11 +1,14 @@
 """Why there is no picture.
 
-Exception
-├── WrongUsage            the command line, or a file that it names
-└── PaintFailed           a request has no picture
-├── Refused           the service said so, as problem+json or in an event
-├── Unreachable       nobody said anything
-└── Unwritable        it was painted
+Messages are one line for the user, and may hold what a service or a file name says: `service.client.progress.say`
+makes them fit for a terminal.
+
+    Exception
+    ├── WrongUsage            the command line, or a file that it names
+    └── PaintFailed           a request has no picture
+        ├── Refused           the service said so, as problem+json or in an event
+        ├── Unreachable       nobody said anything
+        └── Unwritable        it was painted
 """
 
 import json
@@ -118,4 +121,4 @@ def _detail(status: int, problem: Mapping[str, Any]) -> str:
 
 
 def _fault(field: str, message: str) -> str:
-    return f"{field}: {message.removeprefix(f'{field}: ')}"
+    return f"{field}: {message.removeprefix(f'{field}: ').removesuffix('.')}"
