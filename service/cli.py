@@ -26,10 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 when the service could not start, 2 for wrong settings; of `inpaint` see
         `service.client.exit_status`.
     """
-    options = parse(sys.argv[1:] if arguments is None else arguments)
-    run = _COMMANDS[options.pop("command")]
     try:
-        return run(options)
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return _COMMANDS[options.pop("command")](options)
     except StartupError as error:
         return _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:

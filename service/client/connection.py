@@ -42,16 +42,16 @@ class Connection:
         max_connections: At once.
 
     Raises:
-        WrongUsage: The address or the key cannot be one.
+        WrongUsage: The address or the key cannot be one, or a proxy or certificates that the environment names.
     """
 
     def __init__(self, url: str, key: str | None, max_connections: int) -> None:
-        self._client = httpx.AsyncClient(
-            base_url=_checked(url),
-            headers=[(b"Accept", _EVENT_STREAM.encode()), *_authorization(key)],
-            timeout=_TIMEOUT,
-            limits=httpx.Limits(max_connections=max_connections),
-        )
+        base_url, headers = _checked(url), [(b"Accept", _EVENT_STREAM.encode()), *_authorization(key)]
+        limits = httpx.Limits(max_connections=max_connections)
+        try:
+            self._client = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=_TIMEOUT, limits=limits)
+        except (ImportError, OSError, ValueError) as error:  # Of proxies and certificates.
+            raise WrongUsage(f"what the environment says of connections cannot be used: {error}") from None
 
     async def __aenter__(self) -> Self:
         return self

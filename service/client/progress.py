@@ -10,6 +10,9 @@ from tqdm import tqdm
 from service.client.events import Event
 from service.client.failures import PaintFailed
 
+_WORDS_ALONE = "{desc}"
+"""The look of a bar before there are steps to show."""
+
 
 class Watcher(Protocol):
     """Is told how a request gets on."""
@@ -30,7 +33,13 @@ class StepBar:
 
     def __init__(self, *, is_shown: bool) -> None:
         self._bar = tqdm(
-            desc="sending", unit=" steps", file=sys.stderr, disable=not is_shown, leave=False, dynamic_ncols=True
+            desc="sending",
+            bar_format=_WORDS_ALONE,
+            unit=" steps",
+            file=sys.stderr,
+            disable=not is_shown,
+            leave=False,
+            dynamic_ncols=True,
         )
 
     def __enter__(self) -> Self:
@@ -48,16 +57,22 @@ class StepBar:
         numbers = _numbers(event.data)
         if event.name == "queued":
             ahead = int(numbers.get("position", 0))
-            self._bar.set_description(f"waiting, {ahead} ahead" if ahead else "waiting")
+            self._say(f"waiting, {ahead} ahead" if ahead else "waiting")
         elif event.name == "progress":
+            if self._bar.bar_format is not None:
+                self._bar.reset()  # The pace is that of the steps.
+                self._bar.bar_format = None
             self._bar.total = int(numbers.get("steps", 0))
             self._bar.n = int(numbers.get("step", 0))
             self._bar.set_description("painting")
 
     def on_pause(self, failure: PaintFailed, seconds: float) -> None:
         """Why, and how long."""
-        self._bar.n = 0
-        self._bar.set_description(_printable(f"again in {seconds:.0f} s ({failure})"))
+        self._say(_printable(f"again in {seconds:.0f} s ({failure})"))
+
+    def _say(self, words: str) -> None:
+        self._bar.bar_format = _WORDS_ALONE
+        self._bar.set_description_str(words)
 
 
 class PictureBar:
