@@ -1,20 +1,19 @@
-"""The command line: `serve`, `openapi`, `hash-key`. Imports nothing heavy before it knows what to do."""
+"""The command line: one function for each command. Imports nothing heavy before it knows what to do."""
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from getpass import getpass
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
-from pydantic.fields import FieldInfo
-
-from service import __version__
+from service.arguments import DEFAULT_URL, parse
 from service.errors import StartupError
 from service.logs import configure_logging
-from service.settings import Settings, environment_variable, load_settings
+from service.settings import KEY_VARIABLE, URL_VARIABLE, client_environment, load_settings
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,32 +23,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; the process's own by default.
 
     Returns:
-        The exit status: 0, 1 when the service could not start, 2 for wrong settings.
+        The exit status: 0, 1 when the service could not start, 2 for wrong settings; of `inpaint` see
+        `service.client.exit_status`.
     """
-    options = vars(_parser().parse_args(arguments))
-    command = options.pop("command")
-    if command == "openapi":
-        return _openapi()
-    if command == "hash-key":
-        return _hash_key()
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return _COMMANDS[options.pop("command")](options)
+    except StartupError as error:
+        return _fail(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _serve(options: Mapping[str, Any]) -> int:
     try:
         settings = load_settings(options)
     except StartupError as error:
         return _fail(error, EXIT_USAGE)
-    try:
-        return _serve(settings)
-    except StartupError as error:
-        return _fail(error, EXIT_FAILED)
-
-
-def _serve(settings: Settings) -> int:
     configure_logging(settings)
     from service.api.server import serve  # noqa: PLC0415 - --help and --version answer without the web stack
 
     return serve(settings)
 
 
-def _openapi() -> int:
+def _inpaint(options: Mapping[str, Any]) -> int:
+    from service.client.command import Command, run  # noqa: PLC0415 - as above
+    from service.client.failures import WrongUsage  # noqa: PLC0415
+
+    texts = {name: options[name] for name in options["text_fields"] if options[name] is not None}
+    environment = client_environment()
+    try:
+        return run(
+            Command(
+                url=options["url"] or environment.get(URL_VARIABLE, DEFAULT_URL),
+                key=_key(options["key_file"], environment),
+                fields={name: _text(value) for name, value in texts.items()},
+                files={name: options[name] for name in options["file_fields"] if options[name] is not None},
+                **{
+                    name: options[name]
+                    for name in ("output", "metadata", "concurrency", "retries", "overwrite", "quiet")
+                },
+            )
+        )
+    except WrongUsage as error:
+        return _fail(error, EXIT_USAGE)
+
+
+def _text(value: str | bool) -> str:
+    """A flag's value as form fields have it."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _key(path: Path | None, environment: Mapping[str, str]) -> str | None:
+    """The API key: a file's first line, else the environment's."""
+    from service.client.files import read_input  # noqa: PLC0415 - as above
+
+    if path is None:
+        return environment.get(KEY_VARIABLE, "").strip() or None
+    lines = read_input(path, "--key-file").decode("utf-8-sig", errors="replace").split()
+    return lines[0] if lines else None
+
+
+def _doctor(options: Mapping[str, Any]) -> int:
+    from service.doctor.command import examine  # noqa: PLC0415 - as above
+
+    overrides = {name: value for name, value in options.items() if name != "as_json"}
+    return examine(overrides, as_json=options["as_json"])
+
+
+def _openapi(_options: Mapping[str, Any]) -> int:
     from service.api.app import create_app  # noqa: PLC0415 - as above
     from service.api.openapi import to_yaml  # noqa: PLC0415
     from service.engine.engine import Engine  # noqa: PLC0415
@@ -60,7 +102,7 @@ def _openapi() -> int:
     return 0
 
 
-def _hash_key() -> int:
+def _hash_key(_options: Mapping[str, Any]) -> int:
     from service.api.keys import hash_of  # noqa: PLC0415 - as above
 
     line = getpass("key: ") if sys.stdin.isatty() else sys.stdin.readline()
@@ -71,55 +113,17 @@ def _hash_key() -> int:
     return 0
 
 
-def _fail(error: StartupError, status: int) -> int:
+def _fail(error: Exception, status: int) -> int:
     """One line for the operator."""
     line = " ".join(str(error).split())
     sys.stderr.write(f"inpaint-service: {line}\n")
     return status
 
 
-# --- flags, from the settings -------------------------------------------------------
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="inpaint-service", description="Stable Diffusion inpainting over HTTP.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    serve = commands.add_parser(
-        "serve",
-        help="serve a model",
-        description="Serve a model until SIGTERM. Each setting is a flag and an environment variable; the flag wins.",
-        allow_abbrev=False,
-    )
-    for name, field in Settings.model_fields.items():
-        _add_flag(serve, name, field)
-    commands.add_parser(
-        "hash-key",
-        help="read an API key from standard input and print the hash to put into settings",
-        allow_abbrev=False,
-    )
-    commands.add_parser("openapi", help="print the API's OpenAPI document as YAML", allow_abbrev=False)
-    return parser
-
-
-def _add_flag(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
-    """A flag without a default of its own: one that is not given leaves the setting to the environment."""
-    help_text = f"{field.description} [{environment_variable(name)}, default: {_shown(field.default)}]"
-    options: dict[str, Any] = {"dest": name, "default": None, "help": help_text.replace("%", "%%")}
-    if field.annotation is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        choices = [value for value in get_args(field.annotation) if isinstance(value, str)]
-        options["metavar"] = "|".join(choices) or name.rpartition("_")[2].upper()
-    parser.add_argument(f"--{name.replace('_', '-')}", **options)
-
-
-def _shown(default: object) -> str:
-    """A default as it would be written."""
-    if default is None or default == ():
-        return "none"
-    if isinstance(default, bool):
-        return str(default).lower()
-    return ",".join(default) if isinstance(default, tuple) else str(default)
+_COMMANDS: Mapping[str, Callable[[Mapping[str, Any]], int]] = {
+    "serve": _serve,
+    "inpaint": _inpaint,
+    "doctor": _doctor,
+    "hash-key": _hash_key,
+    "openapi": _openapi,
+}

@@ -18,6 +18,11 @@ from service.request import NsfwPolicy
 
 ENVIRONMENT_PREFIX = "INPAINT_"
 
+URL_VARIABLE = f"{ENVIRONMENT_PREFIX}URL"
+KEY_VARIABLE = f"{ENVIRONMENT_PREFIX}API_KEY"
+CLIENT_VARIABLES = (URL_VARIABLE, KEY_VARIABLE)
+"""Of the command-line client; no settings of the service."""
+
 BUNDLED_MODEL = "demo"
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
@@ -233,6 +238,28 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
     except ValidationError as error:
         faults = "; ".join(f"{setting_label(str(fault['loc'][0]))}: {fault['msg']}" for fault in error.errors())
         raise StartupError(f"invalid settings: {faults}") from None
+
+
+def client_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What the environment says to `inpaint-service inpaint`: values by variable, those of `CLIENT_VARIABLES` alone.
+
+    Args:
+        environ: The environment to read; the process's own by default.
+    """
+    environ = os.environ if environ is None else environ
+    return {name: environ[name] for name in CLIENT_VARIABLES if environ.get(name, "").strip()}
+
+
+def given_variables(environ: Mapping[str, str] | None = None) -> tuple[list[str], list[str]]:
+    """The variables with our prefix that are set, by name: those of settings, and those that mean nothing to `serve`.
+
+    Args:
+        environ: The environment to read; the process's own by default.
+    """
+    environ = os.environ if environ is None else environ
+    known = {environment_variable(name) for name in Settings.model_fields}
+    ours = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX) and name not in CLIENT_VARIABLES)
+    return [name for name in ours if name in known], [name for name in ours if name not in known]
 
 
 def environment_variable(name: str) -> str:

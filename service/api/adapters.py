@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.gate import ADAPTERS_PATH
-from service.api.openapi import problems
+from service.api.openapi import Tag, problems
 from service.api.schemas import Adapter, AdapterList, StoredAdapter
 from service.api.state import ServiceState, state_of
 from service.engine.adapters import AdapterEntry, is_adapter_name, storage_error
@@ -35,10 +35,17 @@ _FILE: dict[str, Any] = {
 def add_routes(app: FastAPI) -> None:
     """Their routes."""
     one = f"{ADAPTERS_PATH}/{{name}}"
-    app.add_api_route(ADAPTERS_PATH, list_adapters, summary="The adapters that requests can name", responses=problems())
+    app.add_api_route(
+        ADAPTERS_PATH,
+        list_adapters,
+        tags=[Tag.MODELS],
+        summary="The adapters that requests can name",
+        responses=problems(),
+    )
     app.add_api_route(
         one,
         get_adapter,
+        tags=[Tag.MODELS],
         summary="One adapter; for administrators",
         responses=problems(ErrorCode.FORBIDDEN, ErrorCode.NOT_FOUND, ErrorCode.INVALID_FIELD),
     )
@@ -47,6 +54,7 @@ def add_routes(app: FastAPI) -> None:
         put_adapter,
         methods=["PUT"],
         status_code=HTTPStatus.CREATED,
+        tags=[Tag.MODELS],
         summary="Add or replace a LoRA; for administrators",
         openapi_extra=_FILE,
         responses={
@@ -72,6 +80,7 @@ def add_routes(app: FastAPI) -> None:
         delete_adapter,
         methods=["DELETE"],
         status_code=HTTPStatus.NO_CONTENT,
+        tags=[Tag.MODELS],
         summary="Remove a LoRA; for administrators",
         responses=problems(
             ErrorCode.FORBIDDEN,

@@ -23,6 +23,9 @@ from service.api.kept_requests import KeptRequests
 from service.api.keys import load_keys
 from service.api.openapi import TITLE, openapi_document
 from service.api.problems import on_http_exception, on_inpaint_error, on_validation_error
+from service.api.stability import route as stability
+from service.api.stability.errors import PATH_PREFIX as STABILITY_PREFIX
+from service.api.stability.errors import stability_error
 from service.api.state import Intake, ServiceState
 from service.api.webhook import webhook_policy, webhook_secret
 from service.engine.devices import usable_cores
@@ -81,12 +84,13 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
     )
     inpaint.add_routes(app)
     requests.add_routes(app)
+    stability.add_routes(app)
     ops.add_routes(app, with_metrics=settings.metrics_port is None and settings.metrics_access != "off")
     adapters.add_routes(app)
     if settings.docs_access != "off":
         docs.add_routes(app)
     app.add_middleware(Gate, settings=settings, keys=keys, engine=engine)
-    app.add_middleware(AccessLog, metrics=metrics, error_forms={})  # The last one is the outermost.
+    app.add_middleware(AccessLog, metrics=metrics, error_forms={STABILITY_PREFIX: stability_error})  # The outermost.
     return app
 
 

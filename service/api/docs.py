@@ -1,98 +1,63 @@
-"""`/docs`: the OpenAPI document as one plain page. It loads nothing, so it works offline."""
+"""`/docs`: the API as a page on which it can be tried out. All it loads comes from here, so it works offline.
 
-from collections.abc import Iterator
-from html import escape
-from typing import Any
+The page is Swagger UI (`docs_page/swagger_ui/SOURCE.md` says which) over `/openapi.json`; without scripts the same
+document is shown as plain HTML. How a route gets there is told in `service.api.openapi`.
+"""
+
+from http import HTTPStatus
+from pathlib import Path
+from types import MappingProxyType
 
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import HTMLResponse
+from starlette.responses import FileResponse, HTMLResponse, Response
+
+from service.api.plain_docs import plain_html
 
 DOCS_PATH = "/docs"
 OPENAPI_PATH = "/openapi.json"
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h2 { margin-top: 2.5rem; border-top: 1px solid #8886; padding-top: 1rem; }
-code { font-size: .95em; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #8884; }
-"""
-
-_BOUNDS = (
-    ("minimum", "≥ {}"),
-    ("exclusiveMinimum", "> {}"),
-    ("maximum", "≤ {}"),
-    ("multipleOf", "multiple of {}"),
-    ("minLength", "≥ {} characters"),
-    ("maxLength", "≤ {} characters"),
+# No script or style within the page, nothing from another site, and no site may frame it and have its visitors click.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+_FILE_HEADERS = MappingProxyType({"Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"})
+
+_FOLDER = Path(__file__).parent / "docs_page"
+_FRAME = (_FOLDER / "index.html").read_text("utf-8")
+_FILES = MappingProxyType(
+    {
+        f"{DOCS_PATH}/page.js": (_FOLDER / "page.js", "text/javascript"),
+        f"{DOCS_PATH}/page.css": (_FOLDER / "page.css", "text/css"),
+        f"{DOCS_PATH}/swagger-ui-bundle.js": (_FOLDER / "swagger_ui" / "swagger-ui-bundle.js", "text/javascript"),
+        f"{DOCS_PATH}/swagger-ui.css": (_FOLDER / "swagger_ui" / "swagger-ui.css", "text/css"),
+    }
+)
+
+DOCS_PATHS = (DOCS_PATH, *_FILES, OPENAPI_PATH)
+"""All that the page is made of: who may read one of them may read all."""
 
 
 def add_routes(app: FastAPI) -> None:
-    """The page's route."""
-    app.add_api_route(DOCS_PATH, docs, include_in_schema=False, response_class=HTMLResponse, response_model=None)
+    """The page and its files."""
+    app.add_api_route(DOCS_PATH, page, include_in_schema=False, response_class=HTMLResponse, response_model=None)
+    for path in _FILES:
+        app.add_api_route(path, file, include_in_schema=False, response_class=Response, response_model=None)
 
 
-async def docs(request: Request) -> HTMLResponse:
-    """The page."""
-    page = "".join(_page(request.app.openapi()))
-    return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
+async def page(request: Request) -> HTMLResponse:
+    """The page, with the document in it for readers without scripts."""
+    plain = plain_html(request.app.openapi())
+    return HTMLResponse(_FRAME.replace("<!-- plain -->", plain), headers={"Content-Security-Policy": _POLICY})
 
 
-def _page(document: dict[str, Any]) -> Iterator[str]:
-    title = escape(f"{document['info']['title']} {document['info']['version']}")
-    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    yield f"<h1>{title}</h1>"
-    for paragraph in document["info"]["description"].split("\n\n"):
-        yield f"<p>{_text(paragraph)}</p>"
-    yield f'<p>For programs: <a href="{OPENAPI_PATH}">{OPENAPI_PATH}</a>.</p>'
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            yield from _operation(method, path, operation)
-
-
-def _operation(method: str, path: str, operation: dict[str, Any]) -> Iterator[str]:
-    yield f"<h2><code>{escape(method.upper())} {escape(path)}</code></h2><p>{_text(operation.get('summary', ''))}.</p>"
-    if "parameters" in operation:
-        yield "<h3>Parameters</h3><table><tr><th>name<th>in<th>type<th>meaning"
-        for parameter in operation["parameters"]:
-            yield f"<tr><td><code>{escape(parameter['name'])}</code><td>{escape(parameter['in'])}"
-            yield f"<td>{_type(parameter['schema'])}<td>{_text(parameter.get('description', ''))}"
-        yield "</table>"
-    for media_type, body in operation.get("requestBody", {}).get("content", {}).items():
-        yield f"<h3>Send <code>{escape(media_type)}</code></h3>"
-        yield "<table><tr><th>field<th>type<th>default<th>meaning"
-        required = body["schema"].get("required", ())
-        for name, field in body["schema"].get("properties", {}).items():
-            default = "required" if name in required else _default(field)
-            yield f"<tr><td><code>{escape(name)}</code><td>{_type(field)}<td>{default}"
-            yield f"<td>{_text(field.get('description', ''))}"
-        yield "</table>"
-    yield "<h3>Answers</h3><table><tr><th>status<th>content type<th>meaning"
-    for status, response in operation["responses"].items():
-        types = ", ".join(f"<code>{escape(media_type)}</code>" for media_type in response.get("content", {}))
-        yield f"<tr><td>{escape(status)}<td>{types}<td>{_text(response['description'])}"
-    yield "</table>"
-
-
-def _type(field: dict[str, Any]) -> str:
-    if "enum" in field:
-        return ", ".join(f"<code>{escape(str(value))}</code>" for value in field["enum"])
-    kind = "file" if field.get("format") == "binary" else field.get("type", "")
-    bounds = [text.format(field[key]) for key, text in _BOUNDS if key in field]
-    return escape(", ".join([kind, *bounds]))
-
-
-def _default(field: dict[str, Any]) -> str:
-    default = field.get("default")
-    if default is None or default == "":
-        return ""
-    return f"<code>{escape(str(default).lower() if isinstance(default, bool) else str(default))}</code>"
-
-
-def _text(text: str) -> str:
-    """Escaped, with `code` marked."""
-    pieces = escape(text).split("`")
-    return "".join(f"<code>{piece}</code>" if index % 2 else piece for index, piece in enumerate(pieces))
+async def file(request: Request) -> Response:
+    """One of the page's files; browsers that have it already ask whether it is still the same."""
+    path, media_type = _FILES[request.url.path]
+    response = FileResponse(path, media_type=media_type, stat_result=path.stat(), headers=dict(_FILE_HEADERS))
+    tag = response.headers["ETag"]
+    if request.headers.get("If-None-Match") == tag:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={**_FILE_HEADERS, "ETag": tag})
+    return response

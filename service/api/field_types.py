@@ -135,7 +135,7 @@ Timesteps = Annotated[
     AfterValidator(_require_descending),
 ]
 Sigmas = Annotated[
-    tuple[Annotated[JsonNumber, Field(gt=0, le=MAX_SIGMA)], ...],
+    tuple[Annotated[float, Field(allow_inf_nan=False, gt=0, le=MAX_SIGMA), BeforeValidator(_real_number)], ...],
     Field(min_length=2, max_length=MAX_STEPS),
     BeforeValidator(_json),
     AfterValidator(_require_descending),

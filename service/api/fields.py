@@ -46,7 +46,9 @@ class InpaintFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: Prompt | None = Field(None, description="What to paint; required unless `prompt_embeds` is sent.")
+    prompt: Prompt | None = Field(
+        None, description="What to paint; required unless `prompt_embeds` is sent.", examples=["a red house"]
+    )
     negative_prompt: Text = Field("", description="What to steer away from; unused when guidance is off.")
     num_inference_steps: Steps | None = Field(
         None, description="Denoising steps; by default what the server is set to, see `/v1/models`."

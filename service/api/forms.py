@@ -22,6 +22,8 @@ from service.request import Floats
 
 FILES = ("image", "mask", IMAGE, *TENSORS)
 
+JSON_FIELDS = ("timesteps", "sigmas", "loras", "ip_adapter_scale", "freeu")
+
 _PROMPTS = ("prompt", "negative_prompt")
 _SANE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _OUT_OF_RANGE = frozenset(
@@ -153,7 +155,8 @@ def _structural_faults(parts: Sequence[Part]) -> Iterable[Fault]:
         if counts[prompt] and counts[f"{prompt}_embeds"]:
             both = f"Send {prompt} or {prompt}_embeds, not both."
             yield Fault(f"{prompt}_embeds", ErrorCode.INVALID_FIELD, both)
-    is_file = {part.name: part.is_file for part in parts}
+    # A script in a browser says that a field is JSON by sending a Blob, which then has a file name.
+    is_file = {part.name: part.is_file and not (part.is_json and part.name in JSON_FIELDS) for part in parts}
     for name, count in counts.items():
         message = None
         if name not in FILES and name not in InpaintFields.model_fields:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.async_request import REQUESTS_PATH
 from service.api.body import BodyGuard
-from service.api.docs import DOCS_PATH, OPENAPI_PATH
+from service.api.docs import DOCS_PATHS
 from service.api.keys import Keyrings
 from service.api.ops import METRICS_PATH
 from service.api.problems import problem_response
@@ -37,12 +37,12 @@ ADAPTERS_PATH = "/v1/adapters"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _CORS_METHODS = "GET, POST, PUT, DELETE"
 _CORS_HEADERS = (
-    "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, Prefer, X-API-Key, X-Request-Id, "
-    "X-Webhook-URL"
+    "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, Prefer, Stability-Client-ID, "
+    "Stability-Client-User-ID, Stability-Client-Version, X-API-Key, X-Request-Id, X-Webhook-URL"
 )
 _CORS_EXPOSED = (
-    "Content-Disposition, ETag, Idempotent-Replayed, Location, Original-Request, Preference-Applied, Retry-After, "
-    "Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, X-Should-Retry"
+    "Content-Disposition, ETag, Finish-Reason, Idempotent-Replayed, Location, Original-Request, Preference-Applied, "
+    "Retry-After, Seed, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, X-Should-Retry"
 )
 _CORS_MAX_AGE_SECONDS = 600
 
@@ -63,8 +63,7 @@ class Gate:
         self._keys = keys
         self._accesses: dict[str, Access] = {
             **dict.fromkeys(OPEN_PATHS, "open"),
-            DOCS_PATH: settings.docs_access,
-            OPENAPI_PATH: settings.docs_access,
+            **dict.fromkeys(DOCS_PATHS, settings.docs_access),
             METRICS_PATH: settings.metrics_access,
         }
         self._hosts = frozenset(_host_name(host) for host in settings.allowed_hosts)

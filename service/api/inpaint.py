@@ -25,7 +25,7 @@ from service.api.events import inpaint_events
 from service.api.forms import InpaintForm, read_form
 from service.api.kept_answers import Answer
 from service.api.multipart import read_parts
-from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES
+from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES, Tag
 from service.api.painting import Admitted, Body, Order, admit, preview, start
 from service.api.prefer import Preference, preference_of
 from service.api.problems import Fault, InvalidRequest
@@ -57,6 +57,7 @@ def add_routes(app: FastAPI) -> None:
         methods=["POST"],
         response_class=Response,
         response_model=None,
+        tags=[Tag.INPAINTING],
         summary="Repaint the masked part of a picture",
         openapi_extra=INPAINT_OPERATION,
         responses=INPAINT_RESPONSES,

@@ -26,11 +26,13 @@ class Part:
         name: Its form field's name.
         data: Its content.
         is_file: Whether it came with a file name.
+        is_json: Whether its content type is JSON. Browsers can send such a part only as a file.
     """
 
     name: str
     data: bytes
     is_file: bool
+    is_json: bool = False
 
     @classmethod
     def of_text(cls, name: str, value: str) -> Self:
@@ -83,6 +85,7 @@ class _Collector:
     _disposition: bytes | None = None
     _name: str = ""
     _is_file: bool = False
+    _is_json: bool = False
     _data: bytearray = field(default_factory=bytearray)
 
     def parser(self, boundary: bytes) -> MultipartParser:
@@ -107,6 +110,7 @@ class _Collector:
         if len(self.parts) >= MAX_PARTS:
             raise _malformed(f"The multipart body has more than {MAX_PARTS} parts.")
         self._disposition = None
+        self._is_json = False
         self._data = bytearray()
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
@@ -116,7 +120,10 @@ class _Collector:
         self._header_value += data[start:end]
 
     def _on_header_end(self) -> None:
-        if self._header_name.lower() == b"content-disposition":
+        header_name = self._header_name.lower()
+        if header_name == b"content-type":
+            self._is_json = parse_options_header(bytes(self._header_value))[0] == b"application/json"
+        elif header_name == b"content-disposition":
             if self._disposition is not None:
                 raise _malformed("A part has two Content-Disposition headers.")
             self._disposition = bytes(self._header_value)
@@ -134,7 +141,7 @@ class _Collector:
         self._data += memoryview(data)[start:end]
 
     def _on_part_end(self) -> None:
-        self.parts.append(Part(self._name, bytes(self._data), self._is_file))
+        self.parts.append(Part(self._name, bytes(self._data), self._is_file, self._is_json))
 
     def _on_end(self) -> None:
         self.is_complete = True

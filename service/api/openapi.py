@@ -1,9 +1,26 @@
-"""The OpenAPI document: what FastAPI cannot find out by itself, because the form is read by hand."""
+"""The OpenAPI document: what FastAPI cannot find out by itself, because the form is read by hand.
+
+How a route gets into it, and so into `/docs` and `openapi.yaml`, by arguments of `add_api_route`:
+
+- `tags=[Tag.…]` and `summary=`, without a full stop. The function's docstring is the description, its name the
+  operation's id, and models in its signature become schemas.
+- `responses=`: `problems(…)` for what it refuses, and beside it each status that it answers otherwise, with every
+  content type as it is sent, the default one first: `/docs` asks for that one, and offers the others.
+- `openapi_extra=`: what is read by hand, `parameters` and `requestBody`. In forms, files are
+  `{"type": "string", "format": "binary"}`; fields that hold JSON have the schema of what they hold and an `encoding` of
+  `application/json`. Nothing is sent for a field that is left empty on the page. The first of a schema's `examples`
+  is filled in there, so give one only where a request should begin with it. A body of JSON begins as the `example` of
+  its media type; without one, as every field with something made up.
+- Schemas that no signature names: by `models_json_schema` in `openapi_document`.
+
+`X-Request-Id` is added to every answer. After a change: `inpaint-service openapi > openapi.yaml`.
+"""
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
 from typing import Any
 
 from fastapi.openapi.utils import get_openapi
@@ -14,8 +31,9 @@ from service import __version__
 from service.api import prefer, webhook
 from service.api.field_types import FreeUFactors
 from service.api.fields import InpaintFields
+from service.api.forms import JSON_FIELDS
 from service.api.idempotency import HEADER, MAX_CHARACTERS, PATTERN
-from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS
+from service.api.problems import MAY_PASS, PROBLEM_MEDIA_TYPE, STATUS
 from service.api.schemas import InpaintAnswer, Problem
 from service.errors import ErrorCode
 from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES
@@ -25,15 +43,52 @@ DESCRIPTION = """\
 Stable Diffusion inpainting over HTTP. Send a picture, a mask and a prompt; get the picture back with the masked part
 repainted. Pixels outside the mask are the upload's own, bit for bit.
 
-Errors are `application/problem+json` (RFC 9457) with a `code` to branch on. Every answer has `X-Request-Id`; failures
+Errors are `application/problem+json` (RFC 9457) with a `code` to branch on, but for the routes in other wire formats,
+which have their own. Every answer has `X-Request-Id`; failures
 that would only repeat themselves have `X-Should-Retry: false`.
 """
+
+
+class Tag(StrEnum):
+    """Under which heading an operation stands, in this order."""
+
+    INPAINTING = "Inpainting"
+    OTHER_FORMATS = "Inpainting, in other wire formats"
+    MODELS = "Models and adapters"
+    OPERATION = "Operation"
+
+
+_TAG_TEXTS = {
+    Tag.INPAINTING: "Paint, and get pictures back.",
+    Tag.OTHER_FORMATS: "For clients of other services, with another base URL. Errors are in the form of each.",
+    Tag.MODELS: "What is served, and what requests can name.",
+    Tag.OPERATION: "For load balancers, process managers and Prometheus.",
+}
 
 # Keys that YAML reads as strings without quotes.
 _PLAIN_KEY = re.compile(r"[A-Za-z$][A-Za-z0-9_-]*")
 _YAML_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
 
 _REFS = "#/components/schemas/{model}"
+
+_HEADERS: dict[str, dict[str, Any]] = {
+    "X-Request-Id": {"description": "Names the request in logs.", "schema": {"type": "string"}},
+    "Retry-After": {"description": "Seconds after which to send it again.", "schema": {"type": "integer"}},
+    "X-Should-Retry": {
+        "description": "`false`: the same request would fail again.",
+        "schema": {"type": "string", "enum": ["false"]},
+    },
+    "WWW-Authenticate": {"description": "How to send a key.", "schema": {"type": "string", "enum": ["Bearer"]}},
+}
+_WITH_RETRY_AFTER = frozenset(
+    {
+        ErrorCode.IN_PROGRESS,
+        ErrorCode.OVERLOADED,
+        ErrorCode.NOT_READY,
+        ErrorCode.DRAINING,
+        ErrorCode.WORKER_LOST,
+    }
+)
 
 # In any answer; the gate refuses before a route is known.
 _GATE_CODES = (
@@ -51,17 +106,27 @@ def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
     Args:
         codes: What the route itself may answer; what the gate answers is added.
     """
-    by_status: dict[int, list[str]] = defaultdict(list)
+    by_status: dict[int, list[ErrorCode]] = defaultdict(list)
     for code in dict.fromkeys((*codes, *_GATE_CODES)):
-        by_status[STATUS[code]].append(code.value)
+        by_status[STATUS[code]].append(code)
     return {status: _problem(by_status[status]) for status in sorted(by_status)}
 
 
-def _problem(codes: Iterable[str]) -> dict[str, Any]:
+def _problem(codes: Iterable[ErrorCode]) -> dict[str, Any]:
+    headers = {
+        "Retry-After": not _WITH_RETRY_AFTER.isdisjoint(codes),
+        "X-Should-Retry": not MAY_PASS.issuperset(codes),
+        "WWW-Authenticate": ErrorCode.UNAUTHORIZED in codes,
+    }
     return {
         "description": ", ".join(f"`{code}`" for code in codes),
+        "headers": {name: _header(name) for name, is_sent in headers.items() if is_sent},
         "content": {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": _REFS.format(model="Problem")}}},
     }
+
+
+def _header(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/headers/{name}"}
 
 
 _TENSOR_TEXT = "An `.npy` file, or a `.safetensors` file with one tensor or one of the field's name; floating-point."
@@ -127,8 +192,6 @@ def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
 
 _PICTURE_TYPES = ", ".join(MEDIA_TYPES.values())
 
-_JSON_FIELDS = ("timesteps", "sigmas", "loras", "freeu")
-
 INPAINT_OPERATION: dict[str, Any] = {
     "parameters": [
         {
@@ -163,7 +226,7 @@ INPAINT_OPERATION: dict[str, Any] = {
                     "image": {"contentType": _PICTURE_TYPES},
                     "mask": {"contentType": _PICTURE_TYPES},
                     "ip_adapter_image": {"contentType": _PICTURE_TYPES},
-                    **{name: {"contentType": "application/json"} for name in _JSON_FIELDS},
+                    **{name: {"contentType": "application/json"} for name in JSON_FIELDS},
                 },
             }
         },
@@ -182,7 +245,6 @@ INPAINT_RESPONSES: dict[int | str, dict[str, Any]] = {
                 "schema": {"type": "string", "enum": ["true", "false"]},
             },
             "Server-Timing": {"description": "Milliseconds by stage.", "schema": _TEXT},
-            "X-Request-Id": {"description": "Names the request in logs.", "schema": _TEXT},
             "Idempotent-Replayed": {
                 "description": "The answer was given before, to a request with the same `Idempotency-Key`.",
                 "schema": {"type": "string", "enum": ["true"]},
@@ -226,13 +288,23 @@ def openapi_document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
     )
     components = document.setdefault("components", {})
     components["schemas"] = dict(sorted({**components.get("schemas", {}), **definitions["$defs"]}.items()))
+    components["headers"] = _HEADERS
     components["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     }
     # The empty one: without configured keys none is asked for.
     document["security"] = [{}, {"bearer": []}, {"apiKey": []}]
+    document["tags"] = [{"name": tag.value, "description": text} for tag, text in _TAG_TEXTS.items()]
+    for response in _responses(document):
+        response["headers"] = {"X-Request-Id": _header("X-Request-Id"), **response.get("headers", {})}
     return {name: _with_whole_numbers(value) for name, value in document.items()}
+
+
+def _responses(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            yield from operation["responses"].values()
 
 
 def _with_whole_numbers(value: Any) -> Any:  # noqa: ANN401 - any JSON value

@@ -13,7 +13,7 @@ from service import __version__
 from service.api.docs import DOCS_PATH, OPENAPI_PATH
 from service.api.field_types import MAX_CLIP_SKIP, MAX_IMAGES_PER_PROMPT, MAX_PROMPT_CHARACTERS, MAX_STEPS
 from service.api.fields import side_bounds
-from service.api.openapi import problems
+from service.api.openapi import Tag, problems
 from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS, problem_body, problem_headers
 from service.api.records import record_of
 from service.api.schemas import (
@@ -55,18 +55,22 @@ def add_routes(app: FastAPI, *, with_metrics: bool) -> None:
         app: Where to add them.
         with_metrics: Whether `/metrics` is here, and not on a port of its own.
     """
-    app.add_api_route("/healthz", healthz, openapi_extra=_NO_KEY, summary="Whether the process lives")
+    app.add_api_route(
+        "/healthz", healthz, openapi_extra=_NO_KEY, tags=[Tag.OPERATION], summary="Whether the process lives"
+    )
     app.add_api_route(
         "/readyz",
         readyz,
         response_model=Readiness,
         openapi_extra=_NO_KEY,
+        tags=[Tag.OPERATION],
         summary="Whether requests are taken now",
         responses=problems(ErrorCode.NOT_READY, ErrorCode.DRAINING),
     )
     app.add_api_route(
         "/v1/models",
         models,
+        tags=[Tag.MODELS],
         summary="The served model, its schedulers and limits",
         responses=problems(ErrorCode.NOT_READY),
     )
@@ -76,6 +80,7 @@ def add_routes(app: FastAPI, *, with_metrics: bool) -> None:
             metrics,
             response_class=Response,
             response_model=None,
+            tags=[Tag.OPERATION],
             summary="Prometheus metrics",
             responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems()},
         )

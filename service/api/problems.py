@@ -60,7 +60,7 @@ STATUS: Mapping[ErrorCode, int] = {
 
 # The same request may succeed later. All other failures say so with `x-should-retry: false`,
 # because client libraries repeat some statuses on their own.
-_MAY_PASS = frozenset(
+MAY_PASS = frozenset(
     {
         ErrorCode.REQUEST_TIMEOUT,
         ErrorCode.IN_PROGRESS,
@@ -150,7 +150,7 @@ def problem_headers(error: InpaintError) -> dict[str, str]:
         headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(max(1, ceil(error.retry_after_seconds)))
-    if error.code not in _MAY_PASS:
+    if error.code not in MAY_PASS:
         headers["X-Should-Retry"] = "false"
     return headers
 

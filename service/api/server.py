@@ -53,10 +53,10 @@ def serve(settings: Settings, *, worker_target: str = WORKER_TARGET) -> int:
         StartupError: A port is taken, a folder cannot be used, or no worker can start.
     """
     with contextlib.ExitStack() as sockets:
-        listener = sockets.enter_context(_listen(settings.host, settings.port))
+        listener = sockets.enter_context(listen(settings.host, settings.port))
         metrics_listener = None
         if settings.metrics_port is not None:
-            metrics_listener = sockets.enter_context(_listen(settings.host, settings.metrics_port))
+            metrics_listener = sockets.enter_context(listen(settings.host, settings.metrics_port))
         return asyncio.run(_serve(settings, worker_target, listener, metrics_listener))
 
 
@@ -201,8 +201,12 @@ def _devices(engine: Engine) -> Iterator[str]:
     return (worker.device for worker in engine.workers())
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; made before anything is loaded, so that a taken port is known at once."""
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; made before anything is loaded, so that a taken port is known at once.
+
+    Raises:
+        StartupError: The port is taken, or the address is none of this machine's.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # Of a name like localhost the IPv4 address, which is what people type; "::" serves both.

@@ -70,6 +70,45 @@ def load_folder(
     return parts
 
 
+def examine_folder(folder: Path, *, name: str, variant: str | None) -> dict[str, list[Path]]:
+    """What `load_folder` would find wrong before it reads weights.
+
+    Args:
+        folder: The checkpoint.
+        name: What messages call it.
+        variant: Of the weights' files.
+
+    Returns:
+        The files with the weights of each part, by part.
+
+    Raises:
+        StartupError: It is not complete, pickled, or of another kind.
+    """
+    index = _read_index(folder, name)
+    present = [part for part in _WEIGHTS if _is_present(index, part)]
+    _check_variant([folder / part for part in present], variant, name)
+    files: dict[str, list[Path]] = {}
+    for part in present:
+        _class_of(part, index[part][1], name)
+        flax_file = _flax_file(folder / part)
+        if flax_file is not None:
+            files[part] = [flax_file]
+            continue
+        chosen = choose_variant(folder / part, variant, f"model {name!r}: {part}")
+        files[part] = variants(folder / part)[chosen]
+    return files
+
+
+def examine_safety_checker(folder: Path, *, name: str) -> list[Path]:
+    """The files of a safety checker's weights; see `load_safety_checker`.
+
+    Raises:
+        StartupError: It is not there, not complete, or pickled.
+    """
+    checker, _ = _safety_checker_folders(folder, name)
+    return variants(checker)[choose_variant(checker, None, f"safety checker {name!r}")]
+
+
 def load_safety_checker(folder: Path, *, dtype: torch.dtype, name: str) -> dict[str, Any]:
     """A safety checker from a folder of its own, with its preprocessing beside it, or from another checkpoint's folder.
 
@@ -84,16 +123,22 @@ def load_safety_checker(folder: Path, *, dtype: torch.dtype, name: str) -> dict[
     Raises:
         StartupError: It is not there, not complete, or pickled.
     """
-    checker, extractor = folder / "safety_checker", folder / "feature_extractor"
-    if not checker.is_dir():
-        checker = extractor = folder
-    if not (checker / "config.json").is_file() or not (extractor / "preprocessor_config.json").is_file():
-        raise StartupError(f"safety checker {name!r} lacks its config.json or preprocessor_config.json")
+    checker, extractor = _safety_checker_folders(folder, name)
     (cls,) = _WEIGHTS["safety_checker"]
     return {
         "safety_checker": _read_weights(checker, cls, dtype=dtype, what=f"safety checker {name!r}", variant=None),
         "feature_extractor": _load_extractor(extractor),
     }
+
+
+def _safety_checker_folders(folder: Path, name: str) -> tuple[Path, Path]:
+    """Of the checker, and of its preprocessing."""
+    checker, extractor = folder / "safety_checker", folder / "feature_extractor"
+    if not checker.is_dir():
+        checker = extractor = folder
+    if not (checker / "config.json").is_file() or not (extractor / "preprocessor_config.json").is_file():
+        raise StartupError(f"safety checker {name!r} lacks its config.json or preprocessor_config.json")
+    return checker, extractor
 
 
 def _load_extractor(folder: Path) -> CLIPImageProcessorPil:
@@ -152,14 +197,26 @@ def _check_variant(folders: list[Path], variant: str | None, name: str) -> None:
 def _load_weights(folder: Path, class_name: str, *, dtype: torch.dtype, name: str, variant: str | None) -> Any:  # noqa: ANN401
     """One part of the checkpoint, every weight of it accounted for."""
     part = folder.name
+    cls = _class_of(part, class_name, name)
+    flax_file = _flax_file(folder)
+    if flax_file is not None:
+        return _load_flax(flax_file, cls, name, dtype)
+    return _read_weights(folder, cls, dtype=dtype, what=f"model {name!r}: {part}", variant=variant)
+
+
+def _class_of(part: str, class_name: str, name: str) -> Any:  # noqa: ANN401
+    """The class that reads a part's weights."""
     cls = next((known for known in _WEIGHTS[part] if known.__name__ == class_name.removeprefix("Flax")), None)
     if cls is None:
         raise StartupError(f"model {name!r}: {part} is a {class_name}, which is not supported")
-    if not any(folder.glob("*.safetensors")):
-        flax_files = [path for path in (folder / file for file in FLAX_FILES) if path.is_file()]
-        if flax_files:
-            return _load_flax(flax_files[0], cls, name, dtype)
-    return _read_weights(folder, cls, dtype=dtype, what=f"model {name!r}: {part}", variant=variant)
+    return cls
+
+
+def _flax_file(folder: Path) -> Path | None:
+    """The weights that Flax saved, where there are no others."""
+    if any(folder.glob("*.safetensors")):
+        return None
+    return next((path for path in (folder / file for file in FLAX_FILES) if path.is_file()), None)
 
 
 def _read_weights(folder: Path, cls: Any, *, dtype: torch.dtype, what: str, variant: str | None) -> Any:  # noqa: ANN401

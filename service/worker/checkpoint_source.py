@@ -31,7 +31,7 @@ def locate(settings: Settings, on_stage: Callable[[str], None]) -> Path:
     path = Path(settings.model).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path
-    if path.exists() or settings.model_name != settings.model:
+    if not is_hub_id(settings):
         state = "is neither a folder in diffusers format nor a .safetensors file" if path.exists() else "does not exist"
         raise StartupError(f"model {settings.model!r} {state}")
     on_stage(f"looking {settings.model} up in the local cache" if settings.offline else f"fetching {settings.model}")
@@ -51,6 +51,12 @@ def locate(settings: Settings, on_stage: Callable[[str], None]) -> Path:
         where = "the local cache (offline)" if settings.offline else "the model hub"
         reason = _reason(error, is_offline=settings.offline)
         raise StartupError(f"cannot get model {settings.model!r}{at_revision} from {where}: {reason}") from error
+
+
+def is_hub_id(settings: Settings) -> bool:
+    """Whether the model is one of the hub's, and neither the bundled one nor a path."""
+    is_path = Path(settings.model).expanduser().exists() or settings.model_name != settings.model
+    return not settings.is_bundled_model and not is_path
 
 
 def _reason(error: Exception, *, is_offline: bool) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 from service.errors import ErrorCode, InpaintError
 from service.request import Pixels
 from service.worker.clip_pixels import ClipPixels, is_reproducible
+from service.worker.device_errors import is_out_of_memory
 
 
 class SafetyCheck:
@@ -50,9 +51,11 @@ class SafetyCheck:
         """
         try:
             return self._verdicts(images) if len(images) > 0 else []
-        except (InpaintError, torch.OutOfMemoryError, torch.AcceleratorError):
+        except (InpaintError, torch.AcceleratorError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise  # Fewer pictures at once may do.
             raise InpaintError(ErrorCode.SAFETY_FAILED, "The safety checker failed.") from error
 
     def _verdicts(self, images: Sequence[Pixels] | torch.Tensor) -> list[bool]:

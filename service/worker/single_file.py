@@ -9,6 +9,8 @@ by what it is.
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +91,30 @@ def load_single_file(
     Raises:
         StartupError: It is pickled, not complete or of another kind.
     """
+    with _opened(path, name) as file:
+        return _load_parts(file, dtype, name, prediction_type, configs)
+
+
+def examine_file(path: Path, *, name: str) -> None:
+    """What `load_single_file` would find wrong before it reads weights.
+
+    Raises:
+        StartupError: It is pickled, cut off or of another kind.
+    """
+    with _opened(path, name) as file:
+        _check(file, name)
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator["_Unwrapped"]:
+    """An open file.
+
+    Raises:
+        StartupError: It cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return _load_parts(_Unwrapped(file), dtype, name, prediction_type, configs)
+            yield _Unwrapped(file)
     except SafetensorError as error:
         if is_pickle(path):
             raise StartupError(f"model {name!r} is a pickle under another name; pickles are not loaded") from error
@@ -130,13 +153,7 @@ def _load_parts(
     file: _Unwrapped, dtype: torch.dtype, name: str, prediction_type: str | None, configs: Path
 ) -> dict[str, Any]:
     keys = file.keys()
-    _check_kind(keys, name)
-    in_channels = file.get_shape(_FIRST_CONVOLUTION)[1] if _FIRST_CONVOLUTION in keys else 4
-    if in_channels not in (4, 9):
-        raise StartupError(
-            f"model {name!r} has a UNet of {in_channels} input channels; "
-            "Stable Diffusion 1.x or 2.x with 9 or 4 is needed"
-        )
+    in_channels = _check(file, name)
     is_second = any(key.startswith(_OPEN_CLIP) for key in keys)
     prediction = prediction_type or _prediction(file, keys, in_channels, is_second=is_second)
     folder = configs / (("sd2_768" if prediction == "v_prediction" else "sd2_512") if is_second else "sd1")
@@ -151,6 +168,19 @@ def _load_parts(
             folder, subfolder="scheduler", local_files_only=True, prediction_type=prediction
         ),
     }
+
+
+def _check(file: _Unwrapped, name: str) -> int:
+    """Refuse what is no model that is served; returns the UNet's input channels."""
+    keys = file.keys()
+    _check_kind(keys, name)
+    in_channels = file.get_shape(_FIRST_CONVOLUTION)[1] if _FIRST_CONVOLUTION in keys else 4
+    if in_channels not in (4, 9):
+        raise StartupError(
+            f"model {name!r} has a UNet of {in_channels} input channels; "
+            "Stable Diffusion 1.x or 2.x with 9 or 4 is needed"
+        )
+    return in_channels
 
 
 def _check_kind(keys: list[str], name: str) -> None:

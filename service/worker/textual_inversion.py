@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from service.errors import StartupError
 from service.messages import EmbeddingInfo
+from service.worker.weight_files import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,19 @@ def load_embeddings(folder: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTe
             token=[embedding.token for embedding in embeddings],
         )
     return tuple(EmbeddingInfo(embedding.token, len(embedding.vectors)) for embedding in embeddings)
+
+
+def examine_embeddings(folder: Path) -> tuple[list[Path], list[Path]]:
+    """What `load_embeddings` would load from a folder, and the pickles that it would pass over.
+
+    Raises:
+        StartupError: The folder cannot be read, or a file is cut off.
+    """
+    files = _list(folder)
+    found = [path for path in files if path.suffix.lower() == ".safetensors"]
+    for path in found:
+        check_whole(path, "embedding")
+    return found, [path for path in files if path.suffix.lower() in PICKLE_SUFFIXES]
 
 
 def further_vectors(tokenizer: CLIPTokenizer) -> dict[int, tuple[int, ...]]:

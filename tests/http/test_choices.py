@@ -3,11 +3,12 @@
 import base64
 import json
 
+import httpx
 import numpy as np
 import pytest
 
 from tests.fake_worker import MODEL
-from tests.http.serving import SIZE, LiveServer, assert_problem, pixels_of, png, scene, square_mask
+from tests.http.serving import SIZE, LiveServer, assert_problem, form, pixels_of, png, scene, square_mask
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,28 @@ def test_lists_replace_the_number_of_steps(server: LiveServer) -> None:
     assert (parameters["num_inference_steps"], parameters["timesteps"]) == (3, [900, 600, 300])
     response = server.inpaint({"Accept": "application/json"}, sigmas="[9.5, 2, 0.25]", scheduler="euler")
     assert response.json()["parameters"]["sigmas"] == [9.5, 2, 0.25]
+
+
+def test_scripts_in_browsers_send_json_as_blobs(server: LiveServer) -> None:
+    """A part with the content type of JSON may have a file name where the field is JSON, and nowhere else."""
+    sent = {"timesteps": "[900, 600]", "freeu": '{"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}', "loras": "[]"}
+    usual, data = form(scheduler="euler")
+
+    def post(blobs: dict[str, str], content_type: str) -> httpx.Response:
+        files = {**usual, **{name: ("blob", text, content_type) for name, text in blobs.items()}}
+        fields = {name: value for name, value in data.items() if name not in blobs}
+        accept = {"Accept": "application/json"}
+        return server.client.post("/v1/inpaint", files=files, data=fields, headers=accept)
+
+    parameters = post(sent, "application/json; charset=utf-8").json()["parameters"]
+    assert (parameters["timesteps"], parameters["freeu"]["b2"], parameters["loras"]) == ([900, 600], 1.4, [])
+    problem = assert_problem(post(sent, "text/plain"), 422, "invalid_field")
+    assert [error["field"] for error in problem["errors"]] == ["timesteps", "loras", "freeu"]
+    for name in ("prompt", "seed", "scheduler"):
+        problem = assert_problem(post({name: "7"}, "application/json"), 422, "invalid_field")
+        assert problem["detail"] == f"Send {name} as text, not as a file."
+    wrong = assert_problem(post({"timesteps": '["900"]'}, "application/json"), 422, "invalid_field")
+    assert {error["field"] for error in wrong["errors"]} == {"timesteps"}, wrong
 
 
 def test_choices_are_told_with_the_answer(server: LiveServer) -> None:

@@ -85,6 +85,38 @@ def test_answers_have_their_true_content_types(document: dict[str, Any]) -> None
     assert {"Problem", "InpaintAnswer", "ModelList", "RequestState"} <= set(document["components"]["schemas"])
 
 
+def test_every_operation_is_presented(document: dict[str, Any]) -> None:
+    """Each has a heading that is explained, a summary, a description, and an id of its own; in answers, all headers."""
+    explained = [tag["name"] for tag in document["tags"] if tag["description"]]
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+    for operation in operations:
+        assert len(operation["tags"]) == 1
+        assert operation["tags"][0] in explained
+        assert operation["summary"]
+        assert not operation["summary"].endswith(".")
+        assert operation["description"]
+        for status, response in operation["responses"].items():
+            assert "X-Request-Id" in response["headers"], (operation["operationId"], status)
+    refusals = document["paths"]["/v1/inpaint"]["post"]["responses"]
+    sent = {status: set(response["headers"]) - {"X-Request-Id"} for status, response in refusals.items()}
+    assert sent["401"] == {"X-Should-Retry", "WWW-Authenticate"}
+    assert sent["409"] == sent["429"] == {"Retry-After"}
+    assert sent["422"] == {"X-Should-Retry"}
+    assert sent["503"] == {"Retry-After"}
+    assert set(document["components"]["headers"]) == {"X-Request-Id"}.union(*sent.values()) - set(sent["200"])
+
+
+def test_fields_of_json_say_so(document: dict[str, Any]) -> None:
+    """Fields that hold JSON are encoded as such, and their bounds are words that JSON Schema knows."""
+    form = document["paths"]["/v1/inpaint"]["post"]["requestBody"]["content"]["multipart/form-data"]
+    as_json = {name for name, how in form["encoding"].items() if how["contentType"] == "application/json"}
+
+    assert as_json == {"timesteps", "sigmas", "loras", "ip_adapter_scale", "freeu"}
+    assert form["schema"]["properties"]["sigmas"]["items"] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1000}
+
+
 def test_document_is_valid_openapi(document: dict[str, Any]) -> None:
     """Tools that read OpenAPI find nothing to complain about."""
     openapi_spec_validator.validate(document)

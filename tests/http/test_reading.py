@@ -18,7 +18,7 @@ OFFERS = ("image/png", "application/json")
 names = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
 # Beginnings of boundaries are what tokenizers stumble over.
 contents = st.lists(st.sampled_from([b"\r\n", b"--", b"frontie", b"-", b"\r", b"\n", b"\0", b"x" * 50])).map(b"".join)
-parts = st.lists(st.builds(Part, names, contents, st.booleans()), max_size=5)
+parts = st.lists(st.builds(Part, names, contents, st.booleans(), st.booleans()), max_size=5)
 
 
 def encode(form: Sequence[Part]) -> bytes:
@@ -26,8 +26,9 @@ def encode(form: Sequence[Part]) -> bytes:
     body = b""
     for part in form:
         filename = '; filename="a"' if part.is_file else ""
-        body += f'--frontier\r\nContent-Disposition: form-data; name="{part.name}"{filename}\r\n\r\n'.encode()
-        body += part.data + b"\r\n"
+        body += f'--frontier\r\nContent-Disposition: form-data; name="{part.name}"{filename}\r\n'.encode()
+        body += b"Content-Type: application/json; charset=utf-8\r\n" if part.is_json else b""
+        body += b"\r\n" + part.data + b"\r\n"
     return body + b"--frontier--\r\n"
 
 

@@ -115,11 +115,14 @@ def test_out_of_memory_in_a_step_halves_the_batch(
     assert worker.batcher.max_images == 2
 
 
+@pytest.mark.parametrize("fail", [lack_cuda_memory, lack_memory])
 @pytest.mark.parametrize("part", ["text_encoder", "vae.encoder", "vae.decoder", "safety_checker"])
-def test_out_of_memory_anywhere_halves_the_batch(components: Components, stock: Stock, part: str) -> None:
+def test_out_of_memory_anywhere_halves_the_batch(
+    components: Components, stock: Stock, part: str, fail: Callable[[], None]
+) -> None:
     """Also in what comes before the first step and after the last."""
     module = components.vae.get_submodule(part[4:]) if part.startswith("vae.") else getattr(components, part)
-    limit_rows(module, 2 if part != "text_encoder" else 4, lack_cuda_memory)
+    limit_rows(module, 2 if part != "text_encoder" else 4, fail)
     asked = [
         MODEL.request(seed=seed, prompt=f"a red house {seed}", negative_prompt=f"blurry {seed}") for seed in range(4)
     ]

@@ -21,12 +21,13 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
 
 
-def test_help_imports_neither_torch_nor_the_web_stack() -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["doctor", "--help"]])
+def test_help_imports_neither_torch_nor_the_web_stack(arguments: list[str]) -> None:
     """`inpaint-service --help` answers without loading what only serving needs."""
     modules = run_python(
         "import sys\n"
         "from service.cli import main\n"
-        "try:\n    main(['serve', '--help'])\nexcept SystemExit:\n    pass\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
         "print('MODULES', *sys.modules)"
     ).partition("MODULES")[2]
     loaded = {name.partition(".")[0] for name in modules.split()}

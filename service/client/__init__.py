@@ -1,0 +1,1 @@
+"""`inpaint-service inpaint`: paints on a running service, over HTTP alone."""

@@ -1,0 +1,1 @@
+"""`inpaint-service doctor`: what this machine has, and whether `serve` would start on it."""
