@@ -109,7 +109,7 @@ async def get_image(request_id: str, index: str, request: Request) -> Response:
         "ETag": f'"{one.id}-{index}"',
         "Cache-Control": "private, no-cache",  # To be asked for each time: it can be deleted.
     }
-    if headers["ETag"] in _tags(request):
+    if {headers["ETag"], "*"} & set(_tags(request)):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     file = image.file
     headers |= image_headers(file, image.seed)

@@ -208,7 +208,7 @@ def test_an_image_is_not_sent_again_to_who_has_it(server: LiveServer) -> None:
     ended(server, url)
     first = server.client.get(f"{url}/images/0")
     tag = first.headers["ETag"]
-    for sent in (tag, f'"other", W/{tag}'):
+    for sent in (tag, f'"other", W/{tag}', "*"):
         again = server.client.get(f"{url}/images/0", headers={"If-None-Match": sent})
         assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", tag)
     assert server.client.get(f"{url}/images/0", headers={"If-None-Match": '"other"'}).content == first.content
@@ -744,7 +744,7 @@ def test_the_documentation_has_it(server: LiveServer) -> None:
     paths = server.client.get("/openapi.json").json()["paths"]
     operation = paths["/v1/inpaint"]["post"]
     assert {"Prefer", "X-Webhook-URL"} <= {parameter["name"] for parameter in operation["parameters"]}
-    assert {"Location", "Preference-Applied", "Retry-After"} == set(operation["responses"]["202"]["headers"])
+    assert {"Location", "Preference-Applied", "Retry-After"} <= set(operation["responses"]["202"]["headers"])
     one = "/v1/requests/{request_id}"
     assert set(paths[one]) == {"get", "delete"}
     for path in (one, f"{one}/events", f"{one}/images/{{index}}"):

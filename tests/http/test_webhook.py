@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import logging
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from service.metrics import Metrics
 from service.settings import load_settings
 from tests.http.async_clients import ASYNC, begin, checked, ended, is_idle
 from tests.http.receiver import Received, Receiver, receiving
+from tests.http.serve_process import process
 from tests.http.serving import LiveServer, assert_problem, eventually, serving
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -250,3 +252,22 @@ def test_the_end_of_the_service_does_not_wait_for_ever(
     assert server.state.async_requests._deliveries.num_pending == 0
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
     assert "1 webhooks were not delivered before the end" in caplog.text
+
+
+def test_sigterm_answers_and_tells_what_was_accepted(tmp_path: Path) -> None:
+    """The whole process: what was accepted is painted and told, though nobody waits, before the exit with status 0."""
+    gate, secret = tmp_path / "gate", tmp_path / "secret"
+    secret.write_text(f"{SECRET}\n")
+    with receiving() as receiver:
+        flags = ["--model", f"fake?gate={gate}", "--webhook-hosts", receiver.host, "--webhook-secret-file", str(secret)]
+        with process(*flags) as started:
+            server = started.live()
+            begin(server, receiver.url(), prompt="hold")
+            eventually(lambda: server.metric("inpaint_in_flight") == 1)
+            started.process.send_signal(signal.SIGTERM)
+            eventually(lambda: server.client.get("/readyz").json().get("code") == "draining")
+            assert_problem(server.inpaint(ASYNC), 503, "draining")
+            gate.touch()
+            assert started.exit_status() == 0
+            server.client.close()
+        assert [verified(call)["status"] for call in receiver.calls] == ["completed"]

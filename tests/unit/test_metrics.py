@@ -28,6 +28,8 @@ def busy_metrics() -> Metrics:
     metrics.observe_stage("decode", 0.01)
     metrics.rejected("overloaded")
     metrics.replayed()
+    metrics.webhook("delivered")
+    metrics.watch_async(num_kept=lambda: 4, num_bytes=lambda: 500)
     metrics.cancelled("disconnect")
     metrics.failed("deadline")
     metrics.worker_ready("0", READY)
@@ -59,6 +61,9 @@ def test_every_metric_of_the_contract_is_there() -> None:
     assert found["inpaint_images_total"] == {"": 3}
     assert found["inpaint_nsfw_flagged_total"] == {"": 2}
     assert found["inpaint_replayed_total"] == {"": 1}
+    assert found["inpaint_webhooks_total"] == {"outcome=delivered": 1}
+    assert found["inpaint_async_kept"] == {"": 4}
+    assert found["inpaint_async_kept_bytes"] == {"": 500}
     assert found["inpaint_rejected_total"] == {"reason=overloaded": 1}
     assert found["inpaint_cancelled_total"] == {"reason=disconnect": 1}
     assert found["inpaint_failed_total"] == {"reason=deadline": 1}
