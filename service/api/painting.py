@@ -21,13 +21,22 @@ from service.api.ip_adapter import ip_adapter_use
 from service.api.kept_answers import Answer, Claim
 from service.api.loras import resolve_loras
 from service.api.multipart import Part
-from service.api.pictures import DEFAULT_ENCODING, Canvas, Encoding, prepare_canvas, preview_file, render
+from service.api.pictures import (
+    DEFAULT_ENCODING,
+    Canvas,
+    Encoding,
+    ImageFile,
+    prepare_canvas,
+    preview_file,
+    render,
+    unfinished_file,
+)
 from service.api.records import RequestRecord, record_of
 from service.api.state import ServiceState, state_of
 from service.api.tensors import TENSORS
 from service.api.work import Work
 from service.engine.engine import Handle
-from service.imaging import MaskChannel
+from service.imaging import ImageFormat, MaskChannel
 from service.messages import ModelInfo
 from service.request import InpaintParams, InpaintResult, LoraUse, Pixels
 
@@ -185,6 +194,20 @@ async def preview(admitted: Admitted, painted: Pixels) -> bytes:
     """
     fields = admitted.order.form.fields
     return await admitted.state.in_thread(lambda: preview_file(admitted.canvas, painted, fields))
+
+
+async def unfinished(admitted: Admitted, painted: Pixels, image_format: ImageFormat) -> ImageFile:
+    """A picture of an unfinished step in the form of the finished one.
+
+    Args:
+        admitted: The request.
+        painted: (h, w, 3) uint8 RGB.
+        image_format: What to encode as.
+    """
+    order = admitted.order
+    return await admitted.state.in_thread(
+        lambda: unfinished_file(admitted.canvas, painted, order.form.fields, image_format, order.encoding)
+    )
 
 
 async def _render(admitted: Admitted, result: InpaintResult) -> Painted:
