@@ -12,9 +12,6 @@ from service.errors import ErrorCode, InpaintError
 BAD_REQUEST = 400
 _SERVER_ERROR = 500
 
-NATIVE_NAMES: Mapping[str, str] = {"num_images_per_prompt": "n"}
-"""What the format calls fields of the native form, where it has another word."""
-
 # Clients tell kinds of errors apart by the status; what is wrong with a request is always this one.
 _BAD_REQUEST_STATUSES = frozenset({406, 415, 422})
 
@@ -49,7 +46,7 @@ def openai_error(error: InpaintError, request_id: str) -> Response:
 
 def error_members(error: InpaintError) -> dict[str, str | None]:
     """`message`, `type`, `param` and `code`; of several faults the first."""
-    fault = next(iter(faults_of(error, NATIVE_NAMES)), None)
+    fault = next(iter(faults_of(error)), None)
     message = error.message if fault is None else fault.message
     default = "server_error" if openai_status(error.code) >= _SERVER_ERROR else "invalid_request_error"
     return {

@@ -17,7 +17,7 @@ from service.api.openai.bodies import parts_of
 from service.api.openai.fields import STEPS_SHARE, EditFields, Quality
 from service.api.painting import Body, Order
 from service.api.pictures import Encoding
-from service.api.problems import InvalidRequest
+from service.api.problems import InvalidRequest, faults_of
 from service.errors import ErrorCode, InpaintError
 from service.fitting import Size
 from service.imaging import ImageFormat
@@ -32,7 +32,11 @@ _OPENAI_MODEL = re.compile(r"(chatgpt-image|dall-e|gpt-image)-[a-z0-9.-]{1,64}")
 _CLASHING: Mapping[str, str] = {"num_images_per_prompt": "n", "previews": "stream and partial_images"}
 """Native words for what OpenAI's wire format says in its own."""
 
+_NAMES: Mapping[str, str] = {"num_images_per_prompt": "n"}
+"""What the format calls fields of the native form, where it has another word."""
+
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
+_WORDS = frozenset({"n", *EditFields.model_fields})
 _MAX_COMPRESSION = 100
 
 
@@ -60,14 +64,18 @@ def order_of(body: Body, model: ModelInfo, max_pixels: int) -> EditOrder:
         max_pixels: Largest picture, height times width.
 
     Raises:
-        InpaintError: It is refused; `field` is native where the fault was found by native validation.
+        InpaintError: It is refused.
     """
     parts = parts_of(body)
     _refuse_native_words(parts)
-    fields = _read_fields([part for part in parts if part.name in EditFields.model_fields])
+    texts = _texts([part for part in parts if part.name in _WORDS])
+    n = texts.pop("n", None)
+    fields = _read_fields(texts)
     if fields.model is not None and fields.model != model.id and not _OPENAI_MODEL.fullmatch(fields.model):
         raise InpaintError(ErrorCode.UNKNOWN_MODEL, "There is no such model: GET /v1/models has it.", field="model")
-    native = [_native(part) for part in parts if part.name not in EditFields.model_fields]
+    native = [part for part in parts if part.name not in _WORDS]
+    if n is not None:
+        native.append(Part.of_text("num_images_per_prompt", n))
     native.append(Part.of_text("output_format", fields.output_format))
     if fields.stream and fields.partial_images:
         native.append(Part.of_text("previews", "true"))
@@ -76,7 +84,10 @@ def order_of(body: Body, model: ModelInfo, max_pixels: int) -> EditOrder:
         native.append(Part.of_text("num_inference_steps", str(_num_steps(fields.rung, model))))
     elif fields.quality != "auto":
         raise _fault("quality", "Send quality, or the steps themselves, not both.")
-    form = read_form(native, model)
+    try:
+        form = read_form(native, model)
+    except InvalidRequest as error:
+        raise InvalidRequest(faults_of(error, _NAMES)) from None
     encoding = Encoding(_compression(fields), fields.size, keeps_alpha=fields.background == "auto")
     if form.image is None:
         raise _fault("image", "The image is missing.")
@@ -105,12 +116,8 @@ def _refuse_native_words(parts: Sequence[Part]) -> None:
             raise _fault(name, f"{name}: Send it as one field of JSON text.")
 
 
-def _read_fields(parts: Sequence[Part]) -> EditFields:
-    """OpenAI's words.
-
-    Raises:
-        InpaintError: The first fault.
-    """
+def _texts(parts: Sequence[Part]) -> dict[str, str]:
+    """The text of each field."""
     texts: dict[str, str] = {}
     counts = Counter(part.name for part in parts)
     for part in parts:
@@ -122,15 +129,16 @@ def _read_fields(parts: Sequence[Part]) -> EditFields:
             texts[part.name] = part.data.decode()
         except UnicodeDecodeError:
             raise _fault(part.name, f"{part.name}: The text is not valid UTF-8.") from None
+    return texts
+
+
+def _read_fields(texts: Mapping[str, str]) -> EditFields:
+    """OpenAI's words, but `n`, which is validated as the native field."""
     try:
         return EditFields.model_validate(texts)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
         raise InvalidRequest(tuple(value_fault(detail) for detail in details)) from None
-
-
-def _native(part: Part) -> Part:
-    return Part("num_images_per_prompt", part.data, part.is_file) if part.name == "n" else part
 
 
 def _num_steps(quality: Quality, model: ModelInfo) -> int:
