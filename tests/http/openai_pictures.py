@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 from numpy.typing import NDArray
@@ -57,3 +58,37 @@ def edit(client: openai.OpenAI, **changes: Any) -> Any:
     usual = {"image": ("a.png", png(scene())), "mask": ("m.png", hole()), "prompt": "a red house"}
     asked = {name: value for name, value in {**usual, **changes}.items() if value is not None}
     return client.images.edit(**asked, extra_body=own)
+
+
+# --- the same as JSON ----------------------------------------
+
+
+def data_url(data: bytes) -> str:
+    """A PNG file as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+USUAL_JSON: dict[str, Any] = {
+    "images": [{"image_url": data_url(png(scene()))}],
+    "mask": {"image_url": data_url(hole())},
+    "prompt": "a red house",
+    "seed": 7,
+}
+
+
+def json_edit(server: LiveServer, **changes: Any) -> httpx.Response:
+    """The usual edit as JSON, changed; fields that are None are null."""
+    return server.client.post("/v1/images/edits", json={**USUAL_JSON, **changes})
+
+
+def picture_in(response: httpx.Response) -> bytes:
+    """The file in an answer."""
+    assert response.status_code == 200, response.text
+    return base64.b64decode(response.json()["data"][0]["b64_json"])
+
+
+def refusal(response: httpx.Response) -> tuple[int, str, str]:
+    """Status, field and message of an error in OpenAI's form."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error["param"], error["message"]

@@ -10,6 +10,8 @@ import openai
 import pytest
 from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
 
+from service.api.openai.events import _is_due
+from service.messages import StepProgress
 from tests.http.openai_pictures import KEY, connected, decoded, edit, file_of, hole, native_file
 from tests.http.serving import LiveServer, eventually, png, scene, serving, square_mask
 
@@ -55,35 +57,29 @@ def test_events_have_the_names_and_members_of_the_reference(server: LiveServer) 
 
 
 @pytest.mark.parametrize("num_wanted", [None, 0, 1, 2, 3])
-def test_as_many_partial_images_as_asked_for(server: LiveServer, num_wanted: int | None) -> None:
-    """Up to `partial_images`, numbered from 0, before the finished one; none by default."""
-    with connected(server) as client:
-        events = list(edit(client, stream=True, partial_images=num_wanted, prompt="a slow house"))
-    partial, completed = events[:-1], events[-1]
+def test_as_many_partial_images_as_asked_for(tmp_path: Path, num_wanted: int | None) -> None:
+    """`partial_images` of them, numbered from 0, before the finished one; none by default."""
+    gate = tmp_path / "gate"
+    with serving(model=f"fake?gate={gate}") as server, connected(server) as client:
+        stream = edit(client, stream=True, partial_images=num_wanted, prompt="slow hold")
+        partial = [next(stream) for _ in range(num_wanted or 0)]
+        eventually(lambda: server.metric("inpaint_batch_images_count") > 50)  # More than the request has steps.
+        gate.touch()
+        (completed,) = stream
+        assert file_of(completed) == native_file(server, prompt="slow hold")
     assert [event.partial_image_index for event in partial] == list(range(num_wanted or 0))
     assert {event.type for event in partial} <= {"image_edit.partial_image"}
     assert completed.type == "image_edit.completed"
-    assert file_of(completed) == native_file(server, prompt="a slow house")
 
 
-def test_partial_images_are_spread_over_the_steps(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of forty steps come after a quarter, half and three quarters of them."""
-    due: list[int] = []
-    from service.api.openai import events as module  # noqa: PLC0415
-
-    is_due = module._is_due
-
-    def noting(progress: Any, num_shown: int, num_wanted: int) -> bool:
-        if answer := is_due(progress, num_shown, num_wanted):
-            due.append(progress.step)
-        return answer
-
-    monkeypatch.setattr(module, "_is_due", noting)
-    with connected(server) as client:
-        list(edit(client, stream=True, partial_images=3, prompt="a slow house"))
-    assert len(due) == 3
-    assert all(step >= least for step, least in zip(due, (10, 20, 30), strict=True))
-    assert due == sorted(set(due))
+def test_partial_images_are_spread_over_the_steps() -> None:
+    """Three of forty steps are due after a quarter, half and three quarters of them; then there are enough."""
+    due = []
+    for step in range(1, 41):
+        if _is_due(StepProgress("a", step, 40), len(due), 3):
+            due.append(step)
+    assert due == [10, 20, 30]
+    assert not _is_due(StepProgress("a", 40, 40), 0, 0)
 
 
 def test_partial_image_looks_as_the_finished_one_will(server: LiveServer) -> None:
@@ -212,11 +208,11 @@ def test_async_stream(server: LiveServer) -> None:
                 mask=("m.png", hole()),
                 prompt="a slow house",
                 stream=True,
-                partial_images=2,
+                partial_images=1,
                 extra_body={"seed": 7},
             )
             return [event async for event in stream]
 
     events = asyncio.run(ask())
-    assert [event.type for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
     assert file_of(events[-1]) == native_file(server, prompt="a slow house")
