@@ -97,6 +97,33 @@ def test_keys() -> None:
             assert client.models.retrieve("fake").id == "fake"
 
 
+def test_browsers_let_openais_library_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All headers that the library adds pass a preflight from an allowed origin, and no header of any other kind."""
+    sent: list[str] = []
+    with serving(cors_origins="https://shop.example") as server:
+        with connected(server, organization="org-1", project="p-1") as client:
+            send = client._client.send
+
+            def noting(request: Any, **options: Any) -> Any:
+                sent.extend(request.headers.keys())
+                return send(request, **options)
+
+            monkeypatch.setattr(client._client, "send", noting)
+            edit(client)
+        added = [name for name in sent if name.startswith(("x-stainless-", "openai-"))]
+        assert len(added) >= 8
+        ask = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
+        asked = ", ".join(
+            ["authorization", "content-type", "cookie", "x-stainless-é", "X-Stainless-Helper-Method", *added]
+        )
+        leave = server.client.options(
+            "/v1/images/edits", headers={**ask, "Access-Control-Request-Headers": asked.encode("latin-1")}
+        )
+    allowed = {name.strip().lower() for name in leave.headers["Access-Control-Allow-Headers"].split(",")}
+    assert allowed >= {"authorization", "content-type", "x-stainless-helper-method", *added}
+    assert not allowed & {"cookie", "x-stainless-é"}
+
+
 # --- what kind an error is ------------------------------------------------------------------------
 
 
