@@ -72,7 +72,7 @@ def test_lossy_pictures_come_near(image_format: str, arguments: dict[str, object
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_to_picture_and_mask(orientation: int, image_format: str) -> None:
-    """All eight orientations, in each format, turn picture and mask as `exif_transpose` does, and the size that is told ahead."""
+    """All eight orientations, in each format, turn picture, mask and the size told ahead as `exif_transpose` does."""
     stored = saved(scene(40, 60), image_format, exif=exif(orientation))
     expected = ImageOps.exif_transpose(Image.open(BytesIO(stored)))
     upload = decode(stored, stored)

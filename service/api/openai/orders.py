@@ -69,27 +69,20 @@ def order_of(body: Body, model: ModelInfo, max_pixels: int) -> EditOrder:
     parts = parts_of(body)
     _refuse_native_words(parts)
     texts = _texts([part for part in parts if part.name in _WORDS])
-    n = texts.pop("n", None)
-    fields = _read_fields(texts)
+    fields = _read_fields({name: text for name, text in texts.items() if name != "n"})
     if fields.model is not None and fields.model != model.id and not _OPENAI_MODEL.fullmatch(fields.model):
         raise InpaintError(ErrorCode.UNKNOWN_MODEL, "There is no such model: GET /v1/models has it.", field="model")
-    native = [part for part in parts if part.name not in _WORDS]
-    if n is not None:
-        native.append(Part.of_text("num_images_per_prompt", n))
-    native.append(Part.of_text("output_format", fields.output_format))
-    if fields.stream and fields.partial_images:
-        native.append(Part.of_text("previews", "true"))
-    has_own_steps = any(part.name in _STEPS for part in native)
-    if not has_own_steps:
-        native.append(Part.of_text("num_inference_steps", str(_num_steps(fields.rung, model))))
-    elif fields.quality != "auto":
-        raise _fault("quality", "Send quality, or the steps themselves, not both.")
+    own = [part for part in parts if part.name not in _WORDS]
+    has_own_steps = any(part.name in _STEPS for part in own)
+    said = _in_native_words(fields, texts.get("n"), None if has_own_steps else _num_steps(fields.rung, model))
+    if has_own_steps and fields.quality != "auto":
+        raise _fault("quality", "quality: Send it, or the steps themselves, not both.")
+    encoding = Encoding(_compression(fields), fields.size, keeps_alpha=fields.background == "auto")
     try:
-        form = read_form(native, model)
+        form = read_form([*own, *(Part.of_text(name, text) for name, text in said.items())], model)
     except InvalidRequest as error:
         raise InvalidRequest(faults_of(error, _NAMES)) from None
-    encoding = Encoding(_compression(fields), fields.size, keeps_alpha=fields.background == "auto")
-    if form.image is None:
+    if form.image is None:  # Latents can stand in for it, but a mask beside them is no file with transparency.
         raise _fault("image", "The image is missing.")
     if fields.size is not None:
         _check_size(fields.size, form, form.image, fields.output_format, max_pixels)
@@ -110,9 +103,8 @@ def _refuse_native_words(parts: Sequence[Part]) -> None:
         if part.name in _CLASHING:
             raise _fault(part.name, f"{part.name}: Send {_CLASHING[part.name]} instead.")
         name, bracket, _ = part.name.partition("[")
-        if (
-            bracket and name in InpaintFields.model_fields
-        ):  # How clients flatten lists and objects, and lose their ends.
+        # How clients flatten lists and objects: whose scale it is that comes after two names, nobody can tell.
+        if bracket and name in InpaintFields.model_fields:
             raise _fault(name, f"{name}: Send it as one field of JSON text.")
 
 
@@ -139,6 +131,18 @@ def _read_fields(texts: Mapping[str, str]) -> EditFields:
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
         raise InvalidRequest(tuple(value_fault(detail) for detail in details)) from None
+
+
+def _in_native_words(fields: EditFields, n: str | None, num_steps: int | None) -> dict[str, str]:
+    """What OpenAI's words say, by native fields."""
+    said = {"output_format": fields.output_format}
+    if n is not None:
+        said["num_images_per_prompt"] = n
+    if num_steps is not None:
+        said["num_inference_steps"] = str(num_steps)
+    if fields.stream and fields.partial_images:
+        said["previews"] = "true"
+    return said
 
 
 def _num_steps(quality: Quality, model: ModelInfo) -> int:
