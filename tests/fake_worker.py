@@ -4,6 +4,7 @@ The picture is a function of seed, prompt, image and mask (`paint`), so a test
 knows what the right answer is. A word in the prompt makes a request misbehave:
 
     fail    answered with INTERNAL after its first step
+    nan     answered with NAN_OUTPUT after its first step
     crash   the process kills itself after the first step
     hang    the process stops looking at its pipe after the first step
     slow    ten times as many steps
@@ -334,6 +335,8 @@ class FakeWorker:
                 time.sleep(3600)
             if generation.asks_for("fail"):
                 self.fail(generation, ErrorCode.INTERNAL)
+            elif generation.asks_for("nan"):
+                self.fail(generation, ErrorCode.NAN_OUTPUT)
             elif generation.steps_done == generation.steps:
                 self.running.remove(generation)
                 self.connection.send(Finished(generation.request_id, _result(generation)))

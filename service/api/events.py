@@ -25,7 +25,8 @@ _Preview = Callable[[Pixels], Awaitable[bytes]]
 KEEP_ALIVE_SECONDS = 15.0
 """After so long without an event a comment is sent, lest a proxy takes the connection for dead."""
 
-_KEEP_ALIVE = ": waiting\n\n"
+KEEP_ALIVE = ": waiting\n\n"
+"""The comment."""
 
 
 async def inpaint_events(
@@ -45,7 +46,7 @@ async def inpaint_events(
         async with aclosing(with_keep_alive(handle.progress())) as steps:
             async for progress in steps:
                 if progress is None:
-                    yield _KEEP_ALIVE
+                    yield KEEP_ALIVE
                     continue
                 data: dict[str, object] = {
                     "step": progress.step,

@@ -106,7 +106,7 @@ def read_form(parts: Sequence[Part], model: ModelInfo) -> InpaintForm:
         fields = InpaintFields.model_validate(texts, context=model)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
-        faults += [_value_fault(detail) for detail in details if detail["loc"][0] not in faulty]
+        faults += [value_fault(detail) for detail in details if detail["loc"][0] not in faulty]
     embeds: Mapping[str, Floats] = {}
     if fields is not None:
         checks = TensorChecks(model, fields.num_images_per_prompt, is_guided=fields.is_guided(model))
@@ -186,7 +186,7 @@ def _missing_parts(counts: Mapping[str, int]) -> Iterable[Fault]:
             yield Fault(name, ErrorCode.INVALID_FIELD, message)
 
 
-def _value_fault(detail: ErrorDetails) -> Fault:
+def value_fault(detail: ErrorDetails) -> Fault:
     """A fault that validation found; a validator's own error type is the code."""
     field, kind = str(detail["loc"][0]), detail["type"]
     if kind in _OUT_OF_RANGE:

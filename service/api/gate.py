@@ -4,6 +4,7 @@ Frameworks check keys and sizes once they have read the whole body; here
 nothing of it has been read when a request is refused.
 """
 
+import re
 from base64 import b64decode
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -39,6 +40,8 @@ _CORS_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, Prefer, Stability-Client-ID, Stability-Client-User-ID, "
     "Stability-Client-Version, X-API-Key, X-Request-Id"
 )
+# OpenAI's libraries send ever more of them, of no use to us; in browsers they work only where all are allowed.
+_CORS_CLIENT_HEADER = re.compile(r"(x-stainless|openai)-[a-z0-9-]{1,64}")
 _CORS_EXPOSED = (
     "Finish-Reason, Idempotent-Replayed, Original-Request, Retry-After, Seed, Server-Timing, X-NSFW-Content-Detected, "
     "X-Request-Id, X-Seed, X-Should-Retry"
@@ -83,7 +86,7 @@ class Gate:
         try:
             self._check_head(scope, headers)
             if is_allowed_origin and scope["method"] == "OPTIONS" and "Access-Control-Request-Method" in headers:
-                await _preflight_response()(scope, receive, send)
+                await _preflight_response(headers)(scope, receive, send)
                 return
             self._check_origin(scope["method"], headers, is_allowed_origin)
             record_of(scope).client = self._client(scope["method"], scope["path"], headers)
@@ -213,12 +216,15 @@ def _host_of(origin: str) -> str | None:
         return None
 
 
-def _preflight_response() -> Response:
+def _preflight_response(headers: Headers) -> Response:
+    """Leave for a page of an allowed origin."""
+    asked = (name.strip().lower() for name in headers.get("Access-Control-Request-Headers", "").split(","))
+    of_clients = [name for name in asked if _CORS_CLIENT_HEADER.fullmatch(name)]
     return Response(
         status_code=204,
         headers={
             "Access-Control-Allow-Methods": _CORS_METHODS,
-            "Access-Control-Allow-Headers": _CORS_HEADERS,
+            "Access-Control-Allow-Headers": ", ".join([_CORS_HEADERS, *of_clients]),
             "Access-Control-Max-Age": str(_CORS_MAX_AGE_SECONDS),
         },
     )

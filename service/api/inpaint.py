@@ -23,10 +23,8 @@ from service.api.forms import InpaintForm, read_form
 from service.api.kept_answers import Answer
 from service.api.multipart import read_parts
 from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES, Tag
-from service.api.painting import Admitted, Body, Order, admit, preview, start
+from service.api.painting import Admitted, Body, Order, admit, preview, replay, start
 from service.api.problems import Fault, InvalidRequest
-from service.api.records import record_of
-from service.api.state import state_of
 from service.api.work import Work
 from service.errors import ErrorCode, InpaintError
 from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, OutputFormat, media_type
@@ -70,25 +68,14 @@ async def inpaint(request: Request) -> Response:
         lambda body, model: _order(body, model, accept),
     )
     if isinstance(admitted, Answer):
-        return _replay(request, admitted, accept)
+        choose_media_type(accept, (admitted.media_type,))  # Who now takes only another shape does not repeat.
+        return replay(request, admitted)
     work = start(admitted, _ANSWERS.get(admitted.order.media_type, image_answer))
     if admitted.order.media_type == EVENT_STREAM_MEDIA_TYPE:
         return StreamingResponse(
             _events(admitted, work), headers=EVENT_STREAM_HEADERS, media_type=EVENT_STREAM_MEDIA_TYPE
         )
     return response_of(await work.answer_unless_gone(request))
-
-
-def _replay(request: Request, answer: Answer, accept: str) -> Response:
-    """The first answer as it was; a client that now takes only another shape does not repeat its request.
-
-    Raises:
-        InpaintError: `NOT_ACCEPTABLE`.
-    """
-    choose_media_type(accept, (answer.media_type,))
-    record_of(request.scope).replay_of = answer.request_id
-    state_of(request).metrics.replayed()
-    return response_of(answer, {"Idempotent-Replayed": "true", "Original-Request": answer.request_id})
 
 
 def _order(body: Body, model: ModelInfo, accept: str) -> Order:

@@ -90,13 +90,15 @@ _WITH_RETRY_AFTER = frozenset(
 )
 
 # In any answer; the gate refuses before a route is known.
-_GATE_CODES = (
+GATE_CODES = (
     ErrorCode.BAD_REQUEST,
     ErrorCode.UNAUTHORIZED,
     ErrorCode.HEADERS_TOO_LARGE,
     ErrorCode.INTERNAL,
 )
-_NOT_OF_INPAINT = frozenset({ErrorCode.NOT_FOUND, ErrorCode.METHOD_NOT_ALLOWED, ErrorCode.CANCELLED})
+_NOT_OF_INPAINT = frozenset(
+    {ErrorCode.NOT_FOUND, ErrorCode.UNKNOWN_MODEL, ErrorCode.METHOD_NOT_ALLOWED, ErrorCode.CANCELLED}
+)
 
 
 def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
@@ -106,7 +108,7 @@ def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
         codes: What the route itself may answer; what the gate answers is added.
     """
     by_status: dict[int, list[ErrorCode]] = defaultdict(list)
-    for code in dict.fromkeys((*codes, *_GATE_CODES)):
+    for code in dict.fromkeys((*codes, *GATE_CODES)):
         by_status[STATUS[code]].append(code)
     return {status: _problem(by_status[status]) for status in sorted(by_status)}
 
@@ -156,7 +158,7 @@ def _form_schema() -> dict[str, Any]:
             "A picture to paint by, PNG, JPEG or WebP of any size; for models with an IP-Adapter, see `/v1/models`."
         ),
         **{name: _file(f"{text} {_TENSOR_TEXT}") for name, text in _TENSOR_TEXTS.items()},
-        **{name: _without_null(field) for name, field in schema["properties"].items()},
+        **{name: without_null(field) for name, field in schema["properties"].items()},
     }
     return {
         "type": "object",
@@ -178,7 +180,7 @@ def _file(description: str) -> dict[str, Any]:
     }
 
 
-def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
+def without_null(field: Mapping[str, Any]) -> dict[str, Any]:
     """A form field is sent or left out; it cannot be null."""
     flat = {name: value for name, value in field.items() if name not in ("anyOf", "title")}
     for alternative in field.get("anyOf", ()):

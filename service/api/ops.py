@@ -138,10 +138,18 @@ def _why_not_ready(engine: Engine) -> InpaintError | None:
 
 async def models(request: Request) -> ModelList:
     """The one served model in OpenAI's list shape, with our fields beside."""
-    state = state_of(request)
+    return ModelList(data=[await served_model(state_of(request))])
+
+
+async def served_model(state: ServiceState) -> ServedModel:
+    """What there is to say of the served model.
+
+    Raises:
+        InpaintError: `NOT_READY`, none has loaded yet.
+    """
     model = state.model
     entries = await state.in_thread(state.engine.adapters.entries)
-    return ModelList(data=[_served(state, model, [ModelAdapter(name=entry.name) for entry in entries])])
+    return _served(state, model, [ModelAdapter(name=entry.name) for entry in entries])
 
 
 def _served(state: ServiceState, model: ModelInfo, adapters: list[ModelAdapter]) -> ServedModel:

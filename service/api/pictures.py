@@ -47,10 +47,12 @@ class Encoding:
     Attributes:
         quality: Of JPEG and lossy WebP, 0 to 100; None for the formats' own, see `imaging.encode_image`.
         size: What the finished picture is scaled to; None leaves it as it is.
+        keeps_alpha: Whether the upload's own transparency stays.
     """
 
     quality: int | None = None
     size: Size | None = None
+    keeps_alpha: bool = True
 
 
 DEFAULT_ENCODING = Encoding()
@@ -66,6 +68,7 @@ class ImageFile:
         height: In pixels.
         width: In pixels.
         is_flagged: Whether the safety checker flagged it.
+        has_alpha: Whether some of it may be transparent.
     """
 
     data: bytes
@@ -73,6 +76,7 @@ class ImageFile:
     height: int
     width: int
     is_flagged: bool
+    has_alpha: bool = False
 
 
 def prepare_canvas(
@@ -171,6 +175,21 @@ def preview_file(canvas: Canvas, painted: Pixels, fields: InpaintFields) -> byte
     return imaging.encode_image(painted, PREVIEW_FORMAT)
 
 
+def unfinished_file(
+    canvas: Canvas, painted: Pixels, fields: InpaintFields, image_format: ImageFormat, encoding: Encoding
+) -> ImageFile:
+    """An unfinished picture in the very form that the finished one will have.
+
+    Args:
+        canvas: What is painted on.
+        painted: (h, w, 3) uint8 RGB.
+        fields: What the client asked for.
+        image_format: What to encode as.
+        encoding: How.
+    """
+    return _picture_file(canvas, painted, fields, image_format, flag_policy=None, encoding=encoding)
+
+
 def _latents_file(canvas: Canvas, latents: Pixels | Floats, flag_policy: NsfwPolicy | None) -> ImageFile:
     """Latents as they are; flagged ones are zeros, because there is no blurring them."""
     if flag_policy in ("black", "blur"):
@@ -214,7 +233,7 @@ def _picture_file(
         pixels = _placed(canvas, painted.astype(np.uint8, copy=False), fields)
         if flag_policy == "blur":
             pixels = imaging.blur_flagged(pixels)
-        else:
+        elif encoding.keeps_alpha and image_format != "jpeg":
             alpha = _alpha(canvas, pixels, fields)
     if encoding.size is not None:
         pixels = fitting.resized(pixels, encoding.size)
@@ -223,7 +242,8 @@ def _picture_file(
         pixels, image_format, alpha=alpha, icc_profile=canvas.upload.icc_profile, quality=encoding.quality
     )
     height, width = pixels.shape[:2]
-    return ImageFile(data, MEDIA_TYPES[image_format], height, width, is_flagged=flag_policy is not None)
+    is_flagged, has_alpha = flag_policy is not None, alpha is not None
+    return ImageFile(data, MEDIA_TYPES[image_format], height, width, is_flagged=is_flagged, has_alpha=has_alpha)
 
 
 def _placed(canvas: Canvas, painted: Pixels, fields: InpaintFields) -> Pixels:

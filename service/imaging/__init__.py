@@ -8,7 +8,7 @@ Everything here is synchronous and pure, and may run in any thread. What a
 hostile upload can provoke surfaces as `InpaintError` alone.
 """
 
-from service.imaging.decode import MaskChannel, Upload, decode_picture, decode_upload
+from service.imaging.decode import MaskChannel, Upload, decode_picture, decode_upload, picture_size
 from service.imaging.encode import (
     ARRAY_MEDIA_TYPE,
     MEDIA_TYPES,
@@ -37,6 +37,7 @@ __all__ = [
     "encode_array",
     "encode_image",
     "media_type",
+    "picture_size",
     "require_encodable",
     "require_nonempty",
     "shape_mask",

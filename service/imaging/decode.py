@@ -117,6 +117,20 @@ def decode_picture(data: bytes, field: str, *, max_pixels: int) -> Pixels:
     return _rgb_and_alpha(_open(data, field, max_pixels))[0]
 
 
+def picture_size(data: bytes, field: str, *, max_pixels: int) -> tuple[int, int]:
+    """Height and width of a picture once upright; its pixels are not decoded.
+
+    Args:
+        data: The file, as in `decode_upload`.
+        field: The form field that it came in.
+        max_pixels: Largest height times width.
+
+    Raises:
+        InpaintError: As in `decode_upload`.
+    """
+    return _open(data, field, max_pixels).size
+
+
 @dataclass(frozen=True, slots=True)
 class _Picture:
     """An opened file: the header is read, the pixels are not.

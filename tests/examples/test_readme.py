@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from playwright.sync_api import Browser
 
 from tests.examples.blocks import README, Block, blocks_of
@@ -31,7 +31,7 @@ SECONDS = 120
 BLOCKS = blocks_of(README.read_text())
 RUN = [block for block in BLOCKS if block.excuse is None]
 
-_OUTPUT = re.compile(r"(?:-o |--output |writeFile\(\"|open\(\")([\w.-]+\.(?:png|jpeg|jpg|webp))")
+_OUTPUT = re.compile(r"(?:-o |--output |writeFile\(\"|open\(\")([\w.-]+\.(?:png|jpeg|jpg|webp))(?!\", \"rb\")")
 
 
 def named(block: Block) -> str:
@@ -56,8 +56,7 @@ class Desk:
         """Run a command in the folder; it must succeed, and write the pictures that it names."""
         script = command[-1]
         for name in _OUTPUT.findall(script):
-            if name not in ("photo.jpg", "mask.png"):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / name).unlink(missing_ok=True)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environ = {**os.environ, "PATH": path, "ADMIN_KEY": ADMIN_KEY, "INPAINT_URL": self.address, "NO_PROXY": "*"}
         done = subprocess.run(
@@ -77,6 +76,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     Image.open(EXAMPLE / "scene.png").save(folder / "photo.jpg", quality=95)
     shutil.copy(EXAMPLE / "scene.png", folder / "photo.png")
     shutil.copy(EXAMPLE / "mask.png", folder / "mask.png")
+    mask = Image.open(EXAMPLE / "mask.png").convert("L")
+    alpha = mask.convert("RGBA")
+    alpha.putalpha(ImageChops.invert(mask))
+    alpha.save(folder / "mask-alpha.png")
     shutil.copy(PENCIL, folder / "pencil.safetensors")
     loras = folder / "loras"
     loras.mkdir()
