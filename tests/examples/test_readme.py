@@ -80,6 +80,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     alpha = mask.convert("RGBA")
     alpha.putalpha(ImageChops.invert(mask))
     alpha.save(folder / "mask-alpha.png")
+    for name in ("photos", "masks"):
+        (folder / name).mkdir()
+        for stem in ("one", "two"):
+            shutil.copy(EXAMPLE / ("scene.png" if name == "photos" else "mask.png"), folder / name / f"{stem}.png")
     shutil.copy(PENCIL, folder / "pencil.safetensors")
     loras = folder / "loras"
     loras.mkdir()

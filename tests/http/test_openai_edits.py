@@ -32,7 +32,6 @@ from tests.http.openai_pictures import (
 from tests.http.serving import LiveServer, pixels_of, png, scene, square_mask
 
 RECORDED = Path(__file__).parent / "recorded" / "openai"
-README = Path(__file__).parents[2] / "README.md"
 REPAINTED = square_mask() == 255
 
 
@@ -140,18 +139,6 @@ def test_curl_of_the_reference(server: LiveServer, tmp_path: Path) -> None:
     expected = native_file(server, seed=seed, prompt="Create a lovely gift basket with these four items in it")
     assert base64.b64decode(answer["data"][0]["b64_json"]) == expected
     assert written[1].startswith(b"event: image_edit.completed\ndata: {")
-
-
-def test_example_of_the_readme(server: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's program runs as it stands, with the address changed."""
-    section = README.read_text(encoding="utf-8").partition("\n## OpenAI clients\n")[2]
-    program = section.partition("```python\n")[2].partition("```")[0]
-    assert "http://127.0.0.1:8000/" in program
-    (tmp_path / "photo.png").write_bytes(png(scene()))
-    (tmp_path / "mask.png").write_bytes(hole())
-    monkeypatch.chdir(tmp_path)
-    exec(program.replace(":8000/", f":{server.port}/"), {})  # noqa: S102 - our own file
-    assert (tmp_path / "out.png").read_bytes() == native_file(server)
 
 
 # --- the same as JSON -------------------------------------------------------------------------
