@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from service.api import adapters, docs, inpaint, ops
+from service.api import a1111, adapters, docs, inpaint, ops
 from service.api.access_log import AccessLog
 from service.api.docs import OPENAPI_PATH
 from service.api.gate import Gate
@@ -72,10 +72,13 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
     inpaint.add_routes(app)
     ops.add_routes(app, with_metrics=settings.metrics_port is None and settings.metrics_access != "off")
     adapters.add_routes(app)
+    a1111.add_routes(app)
     if settings.docs_access != "off":
         docs.add_routes(app)
     app.add_middleware(Gate, settings=settings, keys=keys, engine=engine)
-    app.add_middleware(AccessLog, metrics=metrics, error_forms={})  # The last one is the outermost.
+    app.add_middleware(
+        AccessLog, metrics=metrics, error_forms={a1111.PREFIX: a1111.a1111_error}
+    )  # The last one is the outermost.
     return app
 
 

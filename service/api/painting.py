@@ -21,7 +21,16 @@ from service.api.ip_adapter import ip_adapter_use
 from service.api.kept_answers import Answer, Claim
 from service.api.loras import resolve_loras
 from service.api.multipart import Part
-from service.api.pictures import DEFAULT_ENCODING, Canvas, Encoding, prepare_canvas, preview_file, render
+from service.api.pictures import (
+    DEFAULT_ENCODING,
+    DEFAULT_SHAPING,
+    Canvas,
+    Encoding,
+    Shaping,
+    prepare_canvas,
+    preview_file,
+    render,
+)
 from service.api.records import RequestRecord, record_of
 from service.api.state import ServiceState, state_of
 from service.api.tensors import TENSORS
@@ -43,12 +52,14 @@ class Order:
         form: The form, with the format that is answered in its fields.
         media_type: What the answer will be sent as.
         mask_channel: What of the mask's file says where to repaint.
+        shaping: What is done to the picture before it is painted on, beyond what the form says.
         encoding: How pictures are encoded, beyond what the form says.
     """
 
     form: InpaintForm
     media_type: str
     mask_channel: MaskChannel = "luminance"
+    shaping: Shaping = DEFAULT_SHAPING
     encoding: Encoding = DEFAULT_ENCODING
 
 
@@ -130,7 +141,12 @@ def _prepare(order: Order, state: ServiceState, model: ModelInfo) -> _Prepared:
     """Find the LoRAs, decode and fit. In a thread: files are looked for, and pictures take a while."""
     loras = resolve_loras(order.form.fields.loras, state.engine.adapters)
     canvas = prepare_canvas(
-        order.form, model, state.settings.max_pixels, state.metrics, mask_channel=order.mask_channel
+        order.form,
+        model,
+        state.settings.max_pixels,
+        state.metrics,
+        mask_channel=order.mask_channel,
+        shaping=order.shaping,
     )
     return _Prepared(order, loras, canvas)
 
