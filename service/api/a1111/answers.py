@@ -96,6 +96,7 @@ def _info(call: Call, painted: Painted, infotexts: Sequence[str], job_timestamp:
         "styles": [],
         "job_timestamp": job_timestamp,
         "clip_skip": params.clip_skip + 1,
+        "is_using_inpainting_conditioning": call.is_inpainting_model,
         "version": _version(),
     }
 

@@ -47,6 +47,7 @@ class Call:
         has_mask: Whether there was a mask, and not the whole picture to be repainted.
         is_only_masked: Whether a crop around the mask was painted.
         is_filled: Whether what was under the mask was painted over beforehand.
+        is_inpainting_model: Whether the model is shown the picture without what is under the mask.
     """
 
     parameters: Mapping[str, Any]
@@ -54,6 +55,7 @@ class Call:
     has_mask: bool
     is_only_masked: bool
     is_filled: bool
+    is_inpainting_model: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +98,21 @@ def translate(body: bytes, model: ModelInfo) -> Img2ImgOrder:
     ]
     mode = _resize_mode(values)
     form = _read(values, pictures, texts, model)
+    assert choice is not None  # noqa: S101 - for the type checker: there are no faults
     size = _size(form)
     return Img2ImgOrder(
         form,
         JSON_MEDIA_TYPE,
         mask_channel="opacity",
         shaping=Shaping(None if is_only_masked else Reshape(size, mode), is_filled=is_filled),
-        call=Call(_parameters(values, settings), choice, has_mask, is_only_masked, is_filled),
+        call=Call(
+            _parameters(values, settings),
+            choice,
+            has_mask,
+            is_only_masked,
+            is_filled,
+            is_inpainting_model=model.unet_in_channels > model.latent_channels,
+        ),
     )
 
 
@@ -164,11 +174,17 @@ def _pictures(values: Values) -> _Pictures | None:
         return None
 
 
-def _choice(values: Values, model: ModelInfo) -> Choice:
-    """Sampler and schedule type."""
+def _choice(values: Values, model: ModelInfo) -> Choice | None:
+    """Sampler and schedule type; None where they do not go together. An unknown sampler is not a fault among others."""
     name = "sampler_name" if values["sampler_name"] else "sampler_index"
     schedule = values.words("scheduler") if values["scheduler"] is not None else ""
-    return choose(values.text(name), schedule, model.schedulers)
+    try:
+        return choose(values.text(name), schedule, model.schedulers)
+    except InpaintError as error:
+        if error.field != "scheduler":
+            raise
+        values.faults.append(Fault("scheduler", error.code, error.message))
+        return None
 
 
 def _is_filled(values: Values) -> bool:
@@ -208,8 +224,7 @@ def _prompt_texts(values: Values, prompt: PromptWithLoras, settings: Mapping[str
         yield "previews", "true"
 
 
-def _sampling_texts(values: Values, choice: Choice) -> Iterator[tuple[str, str]]:
-    yield "scheduler", choice.scheduler
+def _sampling_texts(values: Values, choice: Choice | None) -> Iterator[tuple[str, str]]:
     yield "num_inference_steps", values.text("steps")
     yield "guidance_scale", values.text("cfg_scale")
     yield "strength", values.text("denoising_strength")
@@ -217,10 +232,16 @@ def _sampling_texts(values: Values, choice: Choice) -> Iterator[tuple[str, str]]
     yield "height", values.text("height")
     if values["seed"] not in (-1, "", "-1"):
         yield "seed", values.text("seed")
-    numbers = values.whole("batch_size"), values.whole("n_iter")
-    if min(numbers) < 1:
-        values.refuse("batch_size", "Input should be at least 1, as that of n_iter")
-    yield "num_images_per_prompt", str(numbers[0] * numbers[1])
+    num_images = 1
+    for name in ("batch_size", "n_iter"):
+        number = values.whole(name)
+        if number < 1:
+            values.refuse(name, "Input should be at least 1")
+        num_images *= max(1, number)
+    yield "num_images_per_prompt", str(num_images)
+    if choice is None:
+        return
+    yield "scheduler", choice.scheduler
     if choice.scheduler == "ddim" and values["eta"] is not None:
         yield "eta", values.text("eta")
     elif choice.sampler.is_ancestral:

@@ -64,7 +64,7 @@ class Values:
         return _FLAGS[text]
 
     def whole(self, name: str) -> int:
-        """A whole number of any size."""
+        """A whole number of any size; 1 in the place of what is none."""
         value = self[name]
         if isinstance(value, int) and not isinstance(value, bool):
             return value
@@ -73,7 +73,7 @@ class Values:
         if isinstance(value, str) and value.removeprefix("-").isdecimal() and len(value) < len(str(_MAX_EXACT)):
             return int(value)
         self.refuse(name, "Input should be a whole number")
-        return 0
+        return 1
 
     def number(self, name: str) -> float | None:
         """A number; None where it is none, which the native form tells of."""
