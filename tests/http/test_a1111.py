@@ -3,12 +3,15 @@
 import base64
 import io
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save
 
@@ -292,7 +295,7 @@ def save_lora(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "faulty"),
+    ("overridden", "faulty"),
     [
         ({}, []),
         ({"sd_model_checkpoint": "fake", "sd_vae": "Automatic", "samples_format": "png"}, []),
@@ -309,14 +312,14 @@ def save_lora(path: Path) -> None:
         ({"live_previews_enable": 3}, ["live_previews_enable"]),
     ],
 )
-def test_override_settings(server: LiveServer, settings: dict[str, Any], faulty: list[str]) -> None:
+def test_override_settings(server: LiveServer, overridden: dict[str, Any], faulty: list[str]) -> None:
     """Settings that are so, or that hold for one request, pass; others are refused by name, the checker's above all."""
-    response = post(server, override_settings=settings)
+    response = post(server, override_settings=overridden)
     assert response.status_code == (422 if faulty else 200), response.text
     if faulty:
         assert faulty_fields(response) == [f"override_settings.{name}" for name in faulty]
     else:
-        assert response.json()["parameters"]["override_settings"] == settings
+        assert response.json()["parameters"]["override_settings"] == overridden
 
 
 # --- refusals ---------------------------------------------------------------------------------
@@ -359,6 +362,9 @@ def test_override_settings(server: LiveServer, settings: dict[str, Any], faulty:
         ({"inpainting_fill": 4}, "inpainting_fill"),
         ({"inpainting_fill": 2}, "inpainting_fill"),
         ({"inpaint_full_res": "maybe"}, "inpaint_full_res"),
+        ({"send_images": "maybe"}, "send_images"),
+        ({"include_init_images": 2}, "include_init_images"),
+        ({"disable_extra_networks": []}, "disable_extra_networks"),
         ({"inpaint_full_res": True, "inpaint_full_res_padding": -1}, "inpaint_full_res_padding"),
         ({"inpainting_mask_invert": 2}, "inpainting_mask_invert"),
         ({"sampler_name": "DDIM", "eta": 1.5}, "eta"),
@@ -438,6 +444,29 @@ def test_other_errors_have_the_web_uis_shape(server: LiveServer) -> None:
     assert (failed.status_code, set(failed.json()), failed.json()["error"]) == (500, names, "internal")
 
 
+def test_nothing_that_was_sent_is_logged_or_repeated(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts, names and values are in no log line, and in no error."""
+    mark = "xyzzy"
+    with caplog.at_level(logging.DEBUG):
+        assert post(server, prompt=mark, negative_prompt=mark, force_task_id=mark).status_code == 200
+        for changes in (
+            {"sampler_name": mark},
+            {"scheduler": mark},
+            {"prompt": f"<lora:{mark}:1>"},
+            {"prompt": f"<{mark}:1>"},
+            {"styles": [mark]},
+            {"override_settings": {f"{mark}!": mark, "sd_model_checkpoint": mark}},
+            {f"{mark}!": mark},
+            {"init_images": [mark]},
+            {"steps": mark},
+        ):
+            refused = post(server, **changes)
+            assert refused.status_code in {404, 422}
+            assert mark not in refused.text
+    assert "/sdapi/v1/img2img" in str([record.__dict__ for record in caplog.records])
+    assert mark not in str([record.__dict__ for record in caplog.records])
+
+
 def test_routes_that_there_are_not(server: LiveServer) -> None:
     """txt2img and other routes are FastAPI's 404, other methods its 405."""
     response = server.client.post("/sdapi/v1/txt2img", json={"prompt": "a red house"})
@@ -446,6 +475,39 @@ def test_routes_that_there_are_not(server: LiveServer) -> None:
     assert (response.status_code, response.json()) == (405, {"detail": "Method Not Allowed"})
     native_route = server.client.get("/v1/nothing")
     assert native_route.headers["Content-Type"] == "application/problem+json"
+
+
+values = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(max_size=8),
+        st.sampled_from(["Euler", "karras", "()", "<lora:x:1>", "-1", "1e400", "data:image/png;base64,", -1, 0, 1, 2]),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+OTHERS = {"sampler_index": {"sampler_name"}, "s_noise": {"sampler_name"}, "mask_blur_y": {"mask_blur_x"}}
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(sorted(DEFAULTS)), value=values)
+def test_any_value_in_any_field(server: LiveServer, name: str, value: Any) -> None:
+    """Any JSON value in any one field, beside sound ones, gives a picture, or an error that names this field."""
+    response = server.client.post("/sdapi/v1/img2img", json=payload(**{name: value}))
+    assert response.status_code in {200, 404, 415, 422}, response.text
+    if response.status_code == 404:
+        assert name in {"sampler_name", "sampler_index"}
+    elif response.status_code != 200:
+        fields = {field.partition(".")[0] for field in faulty_fields(response)}
+        assert fields <= {name, *OTHERS.get(name, ())}, response.text
+    else:
+        info = json.loads(response.json()["info"])
+        assert len(response.json()["images"]) == (
+            0 if value in (False, 0, "0") and name == "send_images" else len(info["infotexts"])
+        )
 
 
 def test_a_mask_that_is_the_pictures_alpha_is_not_assumed(server: LiveServer) -> None:

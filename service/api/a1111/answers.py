@@ -37,7 +37,7 @@ def img2img_answer(call: Call, painted: Painted, job_timestamp: str) -> Answer:
     infotexts = [_infotext(call, painted, index) for index in range(len(painted.files))]
     files = [png_with_text(file.data, _INFO_KEYWORD, text) for file, text in zip(painted.files, infotexts, strict=True)]
     body = {
-        "images": [base64.b64encode(file).decode("ascii") for file in files] if _is_sent(call) else [],
+        "images": [base64.b64encode(file).decode("ascii") for file in files] if call.sends_images else [],
         "parameters": call.parameters,
         "info": json.dumps(_info(call, painted, infotexts, job_timestamp)),
         "nsfw_content_detected": [file.is_flagged for file in painted.files],
@@ -55,10 +55,6 @@ def interrupted_body(call: Call, job_timestamp: str) -> dict[str, Any]:
     """
     info = {"all_seeds": [], "infotexts": [], "index_of_first_image": 0, "job_timestamp": job_timestamp}
     return {"images": [], "parameters": call.parameters, "info": json.dumps({**info, "interrupted": True})}
-
-
-def _is_sent(call: Call) -> bool:
-    return str(call.parameters["send_images"]).lower() in ("true", "1")
 
 
 def _info(call: Call, painted: Painted, infotexts: Sequence[str], job_timestamp: str) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Call:
 
     Attributes:
         parameters: Every field and its value; the files only where the client wants them back.
+        sends_images: Whether the client wants the pictures.
         choice: Sampler and schedule type.
         has_mask: Whether there was a mask, and not the whole picture to be repainted.
         is_only_masked: Whether a crop around the mask was painted.
@@ -51,6 +52,7 @@ class Call:
     """
 
     parameters: Mapping[str, Any]
+    sends_images: bool
     choice: Choice
     has_mask: bool
     is_only_masked: bool
@@ -97,6 +99,7 @@ def translate(body: bytes, model: ModelInfo) -> Img2ImgOrder:
         *(_mask_texts(values, is_only_masked=is_only_masked) if has_mask else ()),
     ]
     mode = _resize_mode(values)
+    parameters, sends_images = _parameters(values, settings), values.flag("send_images")
     form = _read(values, pictures, texts, model)
     assert choice is not None  # noqa: S101 - for the type checker: there are no faults
     size = _size(form)
@@ -106,7 +109,8 @@ def translate(body: bytes, model: ModelInfo) -> Img2ImgOrder:
         mask_channel="opacity",
         shaping=Shaping(None if is_only_masked else Reshape(size, mode), is_filled=is_filled),
         call=Call(
-            _parameters(values, settings),
+            parameters,
+            sends_images,
             choice,
             has_mask,
             is_only_masked,
