@@ -34,7 +34,7 @@ def a1111_error(error: InpaintError, request_id: str) -> Response:  # noqa: ARG0
         body = {"detail": _NO_ROUTE[error.code]}
     elif error.code is ErrorCode.UNAUTHORIZED:
         body = _whole("HTTPException", _BAD_CREDENTIALS)
-    elif error.message == SAMPLER_NOT_FOUND:
+    elif error.code is ErrorCode.UNKNOWN_SCHEDULER and error.field == "sampler_name":
         status, body = STATUS[ErrorCode.NOT_FOUND], _whole("HTTPException", SAMPLER_NOT_FOUND)
     elif faults:
         body = {"detail": [{"loc": _place(one.field), "msg": one.message, "type": one.code} for one in faults]}
