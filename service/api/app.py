@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,21 +11,14 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from service.api import adapters, docs, inpaint, ops
+from service.api import adapters, docs, inpaint, ops, wire_formats
 from service.api.access_log import AccessLog
 from service.api.docs import OPENAPI_PATH
 from service.api.gate import Gate
 from service.api.kept_answers import KeptAnswers
 from service.api.keys import load_keys
-from service.api.openai import edits as openai_edits
-from service.api.openai import models as openai_models
-from service.api.openai.errors import openai_error
 from service.api.openapi import TITLE, openapi_document
 from service.api.problems import on_http_exception, on_inpaint_error, on_validation_error
-from service.api.records import ErrorForm
-from service.api.stability import route as stability
-from service.api.stability.errors import PATH_PREFIX as STABILITY_PREFIX
-from service.api.stability.errors import stability_error
 from service.api.state import Intake, ServiceState
 from service.engine.devices import usable_cores
 from service.engine.engine import Engine
@@ -37,14 +30,6 @@ MAX_PICTURE_THREADS = 8
 MAX_ADAPTER_UPLOADS = 4
 
 _SWEEP_SECONDS = 30.0
-
-
-_ERROR_FORMS: Mapping[str, ErrorForm] = {
-    "/v1/images/": openai_error,
-    "/v1/models/": openai_error,
-    STABILITY_PREFIX: stability_error,
-}
-"""How clients of other wire formats are told of errors, by what their paths begin with."""
 
 
 def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
@@ -85,15 +70,15 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         created=int(time.time()),
     )
     inpaint.add_routes(app)
-    openai_edits.add_routes(app)
-    stability.add_routes(app)
+    wire_formats.add_routes(app)
     ops.add_routes(app, with_metrics=settings.metrics_port is None and settings.metrics_access != "off")
-    openai_models.add_routes(app)
     adapters.add_routes(app)
     if settings.docs_access != "off":
         docs.add_routes(app)
     app.add_middleware(Gate, settings=settings, keys=keys, engine=engine)
-    app.add_middleware(AccessLog, metrics=metrics, error_forms=_ERROR_FORMS)  # The last one is the outermost.
+    app.add_middleware(
+        AccessLog, metrics=metrics, error_forms=wire_formats.ERROR_FORMS
+    )  # The last one is the outermost.
     return app
 
 

@@ -168,7 +168,7 @@ def _structural_faults(parts: Sequence[Part]) -> Iterable[Fault]:
         elif name not in FILES and is_file[name]:
             message = f"Send {name} as text, not as a file."
         if message is not None:
-            yield Fault(_shown(name), ErrorCode.INVALID_FIELD, message)
+            yield Fault(shown(name), ErrorCode.INVALID_FIELD, message)
 
 
 def _missing_parts(counts: Mapping[str, int]) -> Iterable[Fault]:
@@ -200,7 +200,7 @@ def value_fault(detail: ErrorDetails) -> Fault:
     return Fault(field, code, f"{field}: {detail['msg']}.")
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A client's own name for a field is shown only where it is harmless."""
     return name if _SANE_NAME.fullmatch(name) else "?"
 

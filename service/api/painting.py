@@ -24,9 +24,11 @@ from service.api.loras import resolve_loras
 from service.api.multipart import Part
 from service.api.pictures import (
     DEFAULT_ENCODING,
+    DEFAULT_SHAPING,
     Canvas,
     Encoding,
     ImageFile,
+    Shaping,
     prepare_canvas,
     preview_file,
     render,
@@ -53,12 +55,14 @@ class Order:
         form: The form, with the format that is answered in its fields.
         media_type: What the answer will be sent as.
         mask_channel: What of the mask's file says where to repaint.
+        shaping: What is done to the picture before it is painted on, beyond what the form says.
         encoding: How pictures are encoded, beyond what the form says.
     """
 
     form: InpaintForm
     media_type: str
     mask_channel: MaskChannel = "luminance"
+    shaping: Shaping = DEFAULT_SHAPING
     encoding: Encoding = DEFAULT_ENCODING
 
 
@@ -140,7 +144,12 @@ def _prepare(order: Order, state: ServiceState, model: ModelInfo) -> _Prepared:
     """Find the LoRAs, decode and fit. In a thread: files are looked for, and pictures take a while."""
     loras = resolve_loras(order.form.fields.loras, state.engine.adapters)
     canvas = prepare_canvas(
-        order.form, model, state.settings.max_pixels, state.metrics, mask_channel=order.mask_channel
+        order.form,
+        model,
+        state.settings.max_pixels,
+        state.metrics,
+        mask_channel=order.mask_channel,
+        shaping=order.shaping,
     )
     return _Prepared(order, loras, canvas)
 

@@ -1,7 +1,7 @@
 """From uploaded files to what a worker paints on, and from what it painted to files. Both run in a thread."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from service.api.ip_adapter import IMAGE
 from service.api.problems import Fault, InvalidRequest
 from service.api.tensors import TensorChecks
 from service.errors import ErrorCode
-from service.fitting import Fitted, Size
+from service.fitting import Fitted, Reshape, Size
 from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, ImageFormat, MaskChannel, Upload
 from service.messages import ModelInfo
 from service.metrics import Metrics
@@ -38,6 +38,23 @@ class Canvas:
     fitted: Fitted
     tensors: InpaintTensors
     ip_adapter_image: Pixels | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shaping:
+    """What is done to an upload before it is painted on, beyond what the form says.
+
+    Attributes:
+        reshape: The size that picture and mask are brought to first of all; None leaves them as they are.
+        is_filled: Whether what is under the mask is painted over with the colours around it, for the model to start
+            from. It matters only where it starts from the picture at all, with a strength below 1.
+    """
+
+    reshape: Reshape | None = None
+    is_filled: bool = False
+
+
+DEFAULT_SHAPING = Shaping()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +97,13 @@ class ImageFile:
 
 
 def prepare_canvas(
-    form: InpaintForm, model: ModelInfo, max_pixels: int, metrics: Metrics, *, mask_channel: MaskChannel = "luminance"
+    form: InpaintForm,
+    model: ModelInfo,
+    max_pixels: int,
+    metrics: Metrics,
+    *,
+    mask_channel: MaskChannel = "luminance",
+    shaping: Shaping = DEFAULT_SHAPING,
 ) -> Canvas:
     """Decode, shape the mask and fit.
 
@@ -90,6 +113,7 @@ def prepare_canvas(
         max_pixels: Largest picture to decode.
         metrics: Where to count.
         mask_channel: What of the mask's file says where to repaint.
+        shaping: What else is done to the picture.
 
     Raises:
         InpaintError: The files cannot be used; `field` names the one at fault.
@@ -102,6 +126,8 @@ def prepare_canvas(
     if form.ip_adapter_image is not None:
         ip_adapter_image = imaging.decode_picture(form.ip_adapter_image, IMAGE, max_pixels=max_pixels)
     decoded_at = time.monotonic()
+    if shaping.reshape is not None:
+        upload = _reshaped(upload, shaping.reshape)
     mask = imaging.shape_mask(upload.mask, invert=fields.mask_invert, grow=fields.mask_grow, blur=fields.mask_blur)
     imaging.require_nonempty(mask)
     fitted = fitting.fit(
@@ -113,6 +139,8 @@ def prepare_canvas(
         width=fields.width,
         padding_mask_crop=fields.padding_mask_crop,
     )
+    if shaping.is_filled and fields.strength < 1:
+        fitted = replace(fitted, image=imaging.filled(fitted.image, fitted.mask))
     checks = TensorChecks(model, fields.num_images_per_prompt, is_guided=fields.is_guided(model))
     latents, faults = checks.latents(form.latents, fitted.placement.working)
     if faults:
@@ -122,6 +150,11 @@ def prepare_canvas(
     metrics.observe_stage("decode", decoded_at - started_at)
     metrics.observe_stage("fit", time.monotonic() - decoded_at)
     return Canvas(upload, mask, fitted, InpaintTensors(**form.embeds, **latents), ip_adapter_image)
+
+
+def _reshaped(upload: Upload, reshape: Reshape) -> Upload:
+    alpha = None if upload.alpha is None else reshape.of(upload.alpha)
+    return replace(upload, image=reshape.of(upload.image), mask=reshape.of(upload.mask), alpha=alpha)
 
 
 def _require_something_to_paste_into(form: InpaintForm) -> None:

@@ -21,7 +21,9 @@ from service.imaging.encode import (
     media_type,
     require_encodable,
 )
+from service.imaging.fill import filled
 from service.imaging.masks import require_nonempty, shape_mask
+from service.imaging.png import png_with_text
 
 __all__ = [
     "ARRAY_MEDIA_TYPE",
@@ -36,8 +38,10 @@ __all__ = [
     "decode_upload",
     "encode_array",
     "encode_image",
+    "filled",
     "media_type",
     "picture_size",
+    "png_with_text",
     "require_encodable",
     "require_nonempty",
     "shape_mask",

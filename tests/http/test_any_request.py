@@ -15,6 +15,7 @@ from service.api.fields import InpaintFields
 from service.api.forms import FILES
 from tests.http.serving import BOUNDARY, CLOSING, LiveServer, check_problem, part, png, scene, serving, square_mask
 
+FORMS = ("/v1/inpaint", "/sdapi/v1/img2img")
 FIELDS = (*FILES, *InpaintFields.model_fields)
 
 FORMS = ("/v1/inpaint", "/v1/images/edits")

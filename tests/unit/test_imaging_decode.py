@@ -257,6 +257,15 @@ def test_a_masks_opacity_can_be_the_mask() -> None:
         assert np.array_equal(upload.mask, np.asarray(Image.fromarray(rgba[..., :3]).convert("L")))
 
 
+def test_without_a_mask_opacity_means_everything() -> None:
+    """Where opaque means repaint, no mask means the whole picture, and the picture's own alpha stays its own."""
+    rgba = noise(20, 30, 4)
+    upload = decode_upload(saved(rgba), None, max_pixels=MAX_PIXELS, mask_channel="opacity")
+    assert (upload.mask == 255).all()
+    assert upload.alpha is not None
+    assert np.array_equal(upload.alpha, rgba[..., 3])
+
+
 def test_a_mask_of_another_size_is_refused_with_both_sizes() -> None:
     """A mask must have the picture's size; the answer names both."""
     with pytest.raises(InpaintError, match=r"30x20.*31x20") as caught:
