@@ -135,7 +135,7 @@ def _read_fields(texts: Mapping[str, str]) -> EditFields:
 
 def _in_native_words(fields: EditFields, n: str | None, num_steps: int | None) -> dict[str, str]:
     """What OpenAI's words say, by native fields."""
-    said = {"output_format": fields.output_format}
+    said: dict[str, str] = {"output_format": fields.output_format}
     if n is not None:
         said["num_images_per_prompt"] = n
     if num_steps is not None:
