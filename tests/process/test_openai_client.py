@@ -24,13 +24,12 @@ def test_stream_of_the_demo_model_and_the_same_natively() -> None:
     with serving(Path(BUNDLED_MODEL)) as service, openai.OpenAI(base_url=f"{service.url}/v1", api_key="any") as client:
         asked = {"image": ("a.png", picture), "mask": ("m.png", mask), "prompt": "a red house", "quality": "medium"}
         events = list(client.images.edit(**asked, stream=True, partial_images=2, extra_body={"seed": 7}))
-        (image,) = client.images.edit(**asked, extra_body={"seed": 7}).data
         files = {"image": ("a.png", picture), "mask": ("m.png", png(square_mask(SIZE, SIZE)))}
         data = {"prompt": "a red house", "seed": "7"}
         native = httpx.post(f"{service.url}/v1/inpaint", files=files, data=data, timeout=120).content
 
     *partial, completed = events
-    assert file_of(completed) == file_of(image) == native
+    assert file_of(completed) == native
     assert 1 <= len(partial) <= 2
     for event in partial:
         assert np.array_equal(decoded(event)[kept], scene(SIZE, SIZE)[kept])
