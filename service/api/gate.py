@@ -15,6 +15,7 @@ from service.api.body import BodyGuard
 from service.api.docs import DOCS_PATH, OPENAPI_PATH
 from service.api.keys import Keyrings
 from service.api.ops import METRICS_PATH
+from service.api.playground_page import OPEN_PATHS as PLAYGROUND_PATHS
 from service.api.problems import problem_response
 from service.api.records import record_of
 from service.engine.clients import ANONYMOUS, Client
@@ -57,6 +58,7 @@ class Gate:
         self._keys = keys
         self._accesses: dict[str, Access] = {
             **dict.fromkeys(OPEN_PATHS, "open"),
+            **(dict.fromkeys(PLAYGROUND_PATHS, "open") if settings.playground else {}),
             DOCS_PATH: settings.docs_access,
             OPENAPI_PATH: settings.docs_access,
             METRICS_PATH: settings.metrics_access,

@@ -72,7 +72,7 @@ def test_documentation_is_whole_and_loads_nothing(server: LiveServer) -> None:
     for expected in ("POST /v1/inpaint", "guidance_scale", "multipart/form-data", "image/webp", "problem+json"):
         assert expected in page.text
     assert not re.search(r"<script|<link|<img|https?://", page.text)
-    assert server.client.get("/").json()["docs"] == "/docs"
+    assert server.client.get("/", headers={"Accept": "application/json"}).json()["docs"] == "/docs"
 
 
 def test_metrics_on_a_port_of_their_own_are_not_on_the_first() -> None:
