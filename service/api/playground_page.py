@@ -121,7 +121,7 @@ def add_routes(app: FastAPI) -> None:
 
 
 def _wants_page(accept: str) -> bool:
-    """Whether a client takes HTML rather than JSON; one that takes neither gets the index, as where there is no page."""
+    """Whether a client takes HTML rather than JSON; one that takes neither gets the index."""
     try:
         return choose_media_type(accept, (_HTML, _JSON)) == _HTML
     except InpaintError:

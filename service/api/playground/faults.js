@@ -17,14 +17,11 @@ export function clearFaults() {
  * @param {Error} error
  */
 export function showFault(error) {
-  const left = [];
-  for (const { field, message } of error instanceof ServiceError ? error.errors : []) {
-    if (!showFieldFault(field, message)) left.push(`${field}: ${message}`);
-  }
+  const named = error instanceof ServiceError ? error.errors : [];
+  const left = named.filter(({ field, message }) => !showFieldFault(field, message));
   document.querySelector("[aria-invalid]")?.focus();
-  if (left.length) byId("problem").textContent = left.join(" ");
-  else if (!error.errors?.length) byId("problem").textContent = sentence(error);
-  else byId("problem").textContent = "Something is to be corrected, see the message beside it.";
+  // The service names the field in its sentence, which then need not stand beside the field.
+  if (named.length === 0 || left.length) byId("problem").textContent = sentence(error);
 }
 
 /**
@@ -36,7 +33,7 @@ export function showFault(error) {
 export function showFieldFault(field, message) {
   const slot = document.querySelector(`[data-error-for="${CSS.escape(field)}"]`);
   if (!slot) return false;
-  slot.textContent = message;
+  slot.textContent = message.replace(`${field}: `, "");
   const folded = slot.closest("details");
   if (folded) folded.open = true;
   document.querySelector(`[name="${CSS.escape(field)}"]`)?.setAttribute("aria-invalid", "true");

@@ -124,16 +124,18 @@ function openPicture(opened, mask = opened.transparent) {
   }
   picture = opened;
   painter.open(picture, mask);
+  results.expect(picture);
   byId("picture-info").textContent = `${picture.width}×${picture.height}`;
   showRun();
   showCurl();
+  tell("Picture opened.");
 }
 
 // --- a run ---
 
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!byId("run").disabled) run();
+  if (model && picture && !running) run();
 });
 byId("form").elements.prompt.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -150,7 +152,7 @@ async function run() {
   clearFaults();
   showRun();
   results.begin(started);
-  byId("outcome").scrollIntoView({ block: "nearest" });
+  byId("result-frame").scrollIntoView({ block: "nearest" });
   tell("Sent.");
   try {
     const answer = await api.inpaint(await requestForm(), running.signal, onEvent);
@@ -194,12 +196,16 @@ function onEvent(event, data) {
 
 function onFailure(error) {
   showFault(error);
+  tell("Not painted.");
   if (LOST.has(error.code)) connect();
 }
 
 function showRun() {
-  byId("run").disabled = !model || !picture || running !== null;
-  byId("run").textContent = running ? "Painting …" : "Paint";
+  const button = byId("run");
+  button.disabled = !model || !picture;
+  button.setAttribute("aria-disabled", String(running !== null)); // Not disabled: it would lose the keyboard's focus.
+  button.textContent = running ? "Painting …" : "Paint";
+  if (!running && document.activeElement === byId("cancel")) button.focus();
   byId("cancel").hidden = running === null;
 }
 
@@ -221,6 +227,7 @@ function restore(run) {
   settings.snapshot = run.settings;
   openPicture(run.picture, run.mask);
   results.show(run);
+  tell("An earlier run is back.");
 }
 
 // --- as a command ---

@@ -40,6 +40,11 @@ export class Results {
     return this.#run?.images[this.#index] ?? null;
   }
 
+  /** Make room in the shape of the picture that is to be changed. */
+  expect(picture) {
+    byId("result-empty").style.setProperty("--aspect", picture.width / picture.height);
+  }
+
   /**
    * A run begins: show what it starts from, until there is a preview.
    * @param {import("./picture.js").Picture} picture

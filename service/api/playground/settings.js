@@ -15,7 +15,9 @@ export class Settings {
   constructor(onChange) {
     this.#onChange = onChange;
     this.#loras = new Loras(onChange);
-    this.#form.addEventListener("input", onChange);
+    for (const control of this.#controls()) control.addEventListener("input", onChange); // Not all are inside the form.
+    byId("loras").addEventListener("input", onChange);
+    byId("ip-adapter-image").addEventListener("input", onChange);
     byId("dice").addEventListener("click", () => {
       this.set("seed", String(crypto.getRandomValues(new Uint32Array(1))[0]));
     });

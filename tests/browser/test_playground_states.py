@@ -1,0 +1,138 @@
+"""The playground where the service is not simply ready: keys, a full queue, a model that loads; and its modules."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import Complaints
+from tests.browser.pictures import paint, wait_until_ready
+from tests.http.serving import CLOSING, eventually, multipart_head, serving, usual_parts
+
+Visit = Callable[..., Page]
+
+KEY = "correct-horse-battery-staple"
+
+
+def test_key_is_asked_for_and_stays_in_the_tab(visit: Visit, complaints: Complaints) -> None:
+    """A service with keys is used after the key was given; it is in the tab's storage alone, not in the command."""
+    complaints.statuses.add(401)
+    with serving(api_keys=KEY) as server:
+        page = visit(f"http://127.0.0.1:{server.port}/")
+        expect(page.locator("#key-hint")).to_have_text("This service asks for a key.")
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-hint")).to_have_text("The service does not know this key.")
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        wait_until_ready(page)
+        expect(page.locator("#key-form")).to_be_hidden()
+        paint(page)
+
+        page.click("#curl-panel summary")
+        expect(page.locator("#curl")).to_contain_text('-H "Authorization: Bearer $INPAINT_KEY"')
+        assert KEY not in page.content()
+        assert page.evaluate("JSON.stringify(sessionStorage)") == json.dumps(
+            {"inpaint-key": KEY}, separators=(",", ":")
+        )
+        assert KEY not in page.evaluate("JSON.stringify(localStorage) + document.cookie")
+        page.reload()
+        wait_until_ready(page)
+
+
+def test_full_queue_says_when_to_come_back(visit: Visit, complaints: Complaints, tmp_path: Path) -> None:
+    """A refusal for want of room is one line with the service's own time to wait."""
+    complaints.statuses.add(429)
+    gate = tmp_path / "gate"
+    with serving(model=f"fake?gate={gate}&max_images=1", queue_size=1) as server:
+        page = visit(f"http://127.0.0.1:{server.port}/")
+        wait_until_ready(page)
+        body = usual_parts().replace(b"a red house", b"hold") + CLOSING
+        held = [server.raw(multipart_head(f"Content-Length: {len(body)}"), body)]
+        eventually(lambda: server.metric("inpaint_in_flight") == 1)
+        while server.metric("inpaint_queue_depth") < 1:
+            held.append(server.raw(multipart_head(f"Content-Length: {len(body)}"), body))
+            eventually(lambda: server.metric("inpaint_in_flight") + server.metric("inpaint_queue_depth") >= len(held))
+
+        page.click("#run")
+
+        expect(page.locator("#problem")).to_have_text(re.compile(r"Try again in \d+ s\."))
+        gate.touch()
+        for connection in held:
+            connection.close()
+        eventually(lambda: server.metric("inpaint_in_flight") + server.metric("inpaint_queue_depth") == 0)
+        paint(page)
+        expect(page.locator("#problem")).to_be_empty()
+
+
+def test_waits_for_the_model(visit: Visit, complaints: Complaints, tmp_path: Path) -> None:
+    """Before a worker is ready the page says so and what is being loaded, and goes on by itself once there is one."""
+    complaints.statuses.add(503)
+    gate = tmp_path / "gate"
+    with serving(wait_ready=False, model=f"fake?startup_gate={gate}") as server:
+        page = visit(f"http://127.0.0.1:{server.port}/")
+        expect(page.locator("#readiness")).to_contain_text("not ready yet")
+        expect(page.locator("#run")).to_be_disabled()
+        gate.touch()
+        wait_until_ready(page)
+        expect(page.locator("#readiness")).to_be_hidden()
+
+
+def test_failed_run_is_told(visit: Visit) -> None:
+    """A request that fails after it was admitted ends as one line, and the page can go on."""
+    with serving() as server:
+        page = visit(f"http://127.0.0.1:{server.port}/")
+        wait_until_ready(page)
+        page.fill("[name=prompt]", "fail")
+        page.click("#run")
+        expect(page.locator("#problem")).to_have_text("The request failed.")
+        page.fill("[name=prompt]", "a red house")
+        paint(page)
+
+
+def test_flag_policy_marks_without_withholding(visit: Visit) -> None:
+    """Where the operator only flags pictures, a flagged one is shown, with the flag."""
+    with serving(nsfw_policy="flag") as server:
+        page = visit(f"http://127.0.0.1:{server.port}/")
+        wait_until_ready(page)
+        page.fill("[name=prompt]", "nsfw")
+        paint(page)
+        expect(page.locator("#result-info")).to_contain_text("flagged")
+        expect(page.locator("#withheld")).to_be_hidden()
+        expect(page.locator("#download")).to_be_visible()
+
+
+def test_events_are_read_however_the_stream_is_cut(visit: Visit) -> None:
+    """The stream's events are the same for any size of its pieces and any line ends; comments are none."""
+    lines = [": waiting", "", "event: queued", 'data: {"position": 0}', "", "data: a", "data:b", "", "data", ""]
+    with serving() as server:
+        page = visit(f"http://127.0.0.1:{server.port}/")
+        wait_until_ready(page)
+        for end, size in itertools.product(("\n", "\r\n", "\r"), (1, 2, 3, 7, 1000)):
+            events = page.evaluate(
+                """async ([stream, size]) => {
+                    const { EventParser } = await import("/playground/events.js");
+                    const parser = new EventParser();
+                    const pieces = stream.match(new RegExp(`[^]{1,${size}}`, "g"));
+                    return pieces.flatMap((piece) => parser.push(piece));
+                }""",
+                [end.join(lines), size],
+            )
+            assert events == [{"event": "queued", "data": '{"position": 0}'}, {"event": "message", "data": "a\nb"}]
+
+
+def test_theme_follows_the_browser_until_one_is_chosen(visit: Visit) -> None:
+    """Dark where the browser prefers it; the button's choice outlives a reload."""
+    with serving() as server:
+        page = visit(f"http://127.0.0.1:{server.port}/", color_scheme="dark")
+        colour = "getComputedStyle(document.body).backgroundColor"
+        dark = page.evaluate(colour)
+        page.click("#theme")
+        light = page.evaluate(colour)
+        assert sum(map(int, re.findall(r"\d+", dark))) < 150
+        assert sum(map(int, re.findall(r"\d+", light))) > 600
+        page.reload()
+        assert page.evaluate(colour) == light
