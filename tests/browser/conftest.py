@@ -27,9 +27,9 @@ WAIT_MS = 60_000
 """Far beyond what anything here takes: it ends a test that would hang."""
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One Chromium for all tests."""
+    """One Chromium for a module's tests; playwright keeps an event loop running, which others could not bear."""
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is on PATH")
@@ -39,7 +39,7 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def service(browser: Browser) -> Iterator[str]:  # noqa: ARG001 - without a browser there is no use in starting one
     """The address of a service that serves the bundled model on the CPU."""
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--log-format", "text"]

@@ -1,16 +1,18 @@
 """The playground where the service is not simply ready: keys, a full queue, a model that loads; and its modules."""
 
+import base64
 import itertools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Complaints
-from tests.browser.pictures import paint, wait_until_ready
-from tests.http.serving import CLOSING, eventually, multipart_head, serving, usual_parts
+from tests.browser.pictures import EXAMPLE, downloaded, grey, paint, pixels, wait_until_ready
+from tests.http.serving import CLOSING, eventually, multipart_head, png, scene, serving, usual_parts
 
 Visit = Callable[..., Page]
 
@@ -103,6 +105,63 @@ def test_flag_policy_marks_without_withholding(visit: Visit) -> None:
         expect(page.locator("#result-info")).to_contain_text("flagged")
         expect(page.locator("#withheld")).to_be_hidden()
         expect(page.locator("#download")).to_be_visible()
+
+
+def test_fields_are_what_is_sent(visit: Visit) -> None:
+    """A request of the page with settings of every kind gives what the same request gives over HTTP."""
+    by = png(scene(40, 40))
+    with serving(model="fake?ip_adapter=plain") as server:
+        page = visit(f"http://127.0.0.1:{server.port}/")
+        wait_until_ready(page)
+        page.click("#advanced summary")
+        page.set_input_files("#ip-adapter-image", {"name": "by.png", "mimeType": "image/png", "buffer": by})
+        settings = {"ip_adapter_scale": "0.5", "seed": "9", "guidance_scale": "3", "num_inference_steps": "3"}
+        settings |= {"mask_grow": "4", "eta": "0.5", "negative_prompt": "a cloud", "width": "64", "height": "64"}
+        for name, value in settings.items():
+            page.fill(f"[name={name}]", value)
+        page.select_option("[name=scheduler]", "euler")
+        page.uncheck("[name=composite]")
+        with page.expect_response("**/v1/inpaint") as posted:
+            paint(page)
+
+        files = {"image": (EXAMPLE / "scene.png").read_bytes(), "mask": (EXAMPLE / "mask.png").read_bytes()}
+        same = {**settings, **files, "scheduler": "euler", "composite": "false", "ip_adapter_image": by}
+        answer = server.inpaint({"Accept": "application/json"}, prompt="a red house", **same).json()
+        (completed,) = re.findall(r"event: completed\r?\ndata: (.*)", posted.value.text())
+        assert json.loads(completed)["parameters"] == answer["parameters"]
+        assert answer["parameters"]["ip_adapter_scale"] == 0.5
+        painted = pixels(base64.b64decode(answer["images"][0]["b64_json"]))
+        np.testing.assert_array_equal(downloaded(page, "#download"), painted)
+        page.click("#curl-panel summary")
+        expect(page.locator("#curl")).to_contain_text("-F ip_adapter_image=@by.png")
+
+
+def test_pictures_can_be_dropped_and_pasted(visit: Visit) -> None:
+    """A dropped or pasted picture is opened; what is transparent in it is the mask to begin with."""
+    transparent = scene(30, 50, channels=4)
+    transparent[..., 3] = 255
+    transparent[:10, :20, 3] = 0
+    with serving() as server:
+        page = visit(f"http://127.0.0.1:{server.port}/")
+        wait_until_ready(page)
+        for event, attribute, data in (
+            ("drop", "dataTransfer", png(scene(20, 40))),
+            ("paste", "clipboardData", png(transparent)),
+        ):
+            page.evaluate(
+                """([event, attribute, bytes]) => {
+                    const transfer = new DataTransfer();
+                    transfer.items.add(new File([new Uint8Array(bytes)], "a.png", { type: "image/png" }));
+                    const type = event === "drop" ? DragEvent : ClipboardEvent;
+                    document.querySelector("#drop").dispatchEvent(
+                        new type(event, { bubbles: true, cancelable: true, [attribute]: transfer }));
+                }""",
+                [event, attribute, list(data)],
+            )
+            expect(page.locator("#picture-info")).to_have_text("40\u00d720" if event == "drop" else "50\u00d730")
+        page.click("#curl-panel summary")
+        mask = grey(downloaded(page, "#save-mask"))
+        np.testing.assert_array_equal(mask, 255 - transparent[..., 3])
 
 
 def test_events_are_read_however_the_stream_is_cut(visit: Visit) -> None:

@@ -33,6 +33,7 @@ export function key() {
 
 /** Keep a key for this tab; an empty one forgets it. */
 export function setKey(value) {
+  if (/[^\x21-\xff]/.test(value)) throw new Error("A key holds no such characters.");
   try {
     if (value) sessionStorage.setItem(KEY, value);
     else sessionStorage.removeItem(KEY);
