@@ -1,6 +1,5 @@
 """The playground where the service is not simply ready: keys, a full queue, a model that loads; and its modules."""
 
-import base64
 import itertools
 import json
 import re
@@ -11,7 +10,7 @@ import numpy as np
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Complaints
-from tests.browser.pictures import EXAMPLE, downloaded, grey, paint, pixels, wait_until_ready
+from tests.browser.pictures import downloaded, grey, open_picture, paint, pixels, wait_until_ready
 from tests.http.serving import CLOSING, eventually, multipart_head, png, scene, serving, usual_parts
 
 Visit = Callable[..., Page]
@@ -107,31 +106,48 @@ def test_flag_policy_marks_without_withholding(visit: Visit) -> None:
         expect(page.locator("#download")).to_be_visible()
 
 
-def test_fields_are_what_is_sent(visit: Visit) -> None:
-    """A request of the page with settings of every kind gives what the same request gives over HTTP."""
-    by = png(scene(40, 40))
+def test_form_is_what_is_sent(visit: Visit) -> None:
+    """Of the settings what differs from the defaults is sent, and the picture's own bytes; the service takes it."""
+    by, picture = png(scene(40, 40)), png(scene(24, 32))
     with serving(model="fake?ip_adapter=plain") as server:
         page = visit(f"http://127.0.0.1:{server.port}/")
         wait_until_ready(page)
+        open_picture(page, "own.png", "image/png", picture)
+        page.locator("#invert").click()
         page.click("#advanced summary")
         page.set_input_files("#ip-adapter-image", {"name": "by.png", "mimeType": "image/png", "buffer": by})
         settings = {"ip_adapter_scale": "0.5", "seed": "9", "guidance_scale": "3", "num_inference_steps": "3"}
         settings |= {"mask_grow": "4", "eta": "0.5", "negative_prompt": "a cloud", "width": "64", "height": "64"}
+        settings |= {"padding_mask_crop": "8", "strength": "0.9", "clip_skip": "1", "timeout": "60", "mask_blur": "2"}
+        settings |= {"freeu": '{"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}'}
         for name, value in settings.items():
             page.fill(f"[name={name}]", value)
-        page.select_option("[name=scheduler]", "euler")
+        choices = {"scheduler": "euler", "prompt_syntax": "a1111", "batching": "solo", "output_format": "webp"}
+        for name, value in choices.items():
+            page.select_option(f"[name={name}]", value)
         page.uncheck("[name=composite]")
-        with page.expect_response("**/v1/inpaint") as posted:
-            paint(page)
+        page.evaluate(
+            """() => {
+                const post = window.fetch;
+                window.fetch = (address, options) => {
+                    if (options?.body instanceof FormData) window.sent = options.body;
+                    return post(address, options);
+                };
+            }"""
+        )
+        paint(page)
 
-        files = {"image": (EXAMPLE / "scene.png").read_bytes(), "mask": (EXAMPLE / "mask.png").read_bytes()}
-        same = {**settings, **files, "scheduler": "euler", "composite": "false", "ip_adapter_image": by}
-        answer = server.inpaint({"Accept": "application/json"}, prompt="a red house", **same).json()
-        (completed,) = re.findall(r"event: completed\r?\ndata: (.*)", posted.value.text())
-        assert json.loads(completed)["parameters"] == answer["parameters"]
-        assert answer["parameters"]["ip_adapter_scale"] == 0.5
-        painted = pixels(base64.b64decode(answer["images"][0]["b64_json"]))
-        np.testing.assert_array_equal(downloaded(page, "#download"), painted)
+        sent = dict(
+            page.evaluate(
+                """() => Promise.all([...window.sent].map(async ([name, value]) =>
+                    [name, value instanceof File ? [...new Uint8Array(await value.arrayBuffer())] : value]))"""
+            )
+        )
+        files = {name: bytes(sent.pop(name)) for name in ("image", "mask", "ip_adapter_image")}
+        assert sent == {**settings, **choices, "composite": "false", "prompt": "a red house", "previews": "true"}
+        assert (files["image"], files["ip_adapter_image"]) == (picture, by)
+        assert grey(pixels(files["mask"])).shape == (24, 32)
+        assert grey(pixels(files["mask"])).all()
         page.click("#curl-panel summary")
         expect(page.locator("#curl")).to_contain_text("-F ip_adapter_image=@by.png")
 
