@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from service.api import adapters, docs, inpaint, ops, wire_formats
+from service.api import adapters, docs, inpaint, ops, playground_page, wire_formats
 from service.api.access_log import AccessLog
 from service.api.docs import OPENAPI_PATH
 from service.api.gate import Gate
@@ -71,7 +71,10 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
     )
     inpaint.add_routes(app)
     wire_formats.add_routes(app)
-    ops.add_routes(app, with_metrics=settings.metrics_port is None and settings.metrics_access != "off")
+    with_metrics = settings.metrics_port is None and settings.metrics_access != "off"
+    ops.add_routes(app, with_metrics=with_metrics, with_index=not settings.playground)
+    if settings.playground:
+        playground_page.add_routes(app)
     adapters.add_routes(app)
     if settings.docs_access != "off":
         docs.add_routes(app)

@@ -18,6 +18,7 @@ from service.api.body import BodyGuard
 from service.api.docs import DOCS_PATHS
 from service.api.keys import Keyrings
 from service.api.ops import METRICS_PATH
+from service.api.playground_page import OPEN_PATHS as PLAYGROUND_PATHS
 from service.api.problems import problem_response
 from service.api.records import record_of
 from service.engine.clients import ANONYMOUS, Client
@@ -65,6 +66,7 @@ class Gate:
         self._keys = keys
         self._accesses: dict[str, Access] = {
             **dict.fromkeys(OPEN_PATHS, "open"),
+            **(dict.fromkeys(PLAYGROUND_PATHS, "open") if settings.playground else {}),
             **dict.fromkeys(DOCS_PATHS, settings.docs_access),
             METRICS_PATH: settings.metrics_access,
         }

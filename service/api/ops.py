@@ -48,12 +48,13 @@ _DESCRIPTIONS = {
 }
 
 
-def add_routes(app: FastAPI, *, with_metrics: bool) -> None:
+def add_routes(app: FastAPI, *, with_metrics: bool, with_index: bool) -> None:
     """Their routes.
 
     Args:
         app: Where to add them.
         with_metrics: Whether `/metrics` is here, and not on a port of its own.
+        with_index: Whether `/` is the index, and not a page that answers it, too.
     """
     app.add_api_route(
         "/healthz", healthz, openapi_extra=_NO_KEY, tags=[Tag.OPERATION], summary="Whether the process lives"
@@ -84,7 +85,8 @@ def add_routes(app: FastAPI, *, with_metrics: bool) -> None:
             summary="Prometheus metrics",
             responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems()},
         )
-    app.add_api_route("/", index, include_in_schema=False)
+    if with_index:
+        app.add_api_route("/", index, include_in_schema=False)
 
 
 async def index(request: Request) -> dict[str, str]:

@@ -7,17 +7,16 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import httpx
 import pytest
 from PIL import Image, ImageChops
 from playwright.sync_api import Browser
 
+from tests.bundled_service import serving_bundled
 from tests.examples.blocks import README, Block, blocks_of
 
 ROOT = README.parent
@@ -93,20 +92,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=site.serve_forever, daemon=True).start()
     origin = f"http://127.0.0.1:{site.server_port}"
-    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--devices", "cpu", "--log-format", "text"]
-    command += ["--lora-dir", str(loras), "--admin-keys", ADMIN_KEY, "--cors-origins", origin]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    log: list[str] = []
-    assert process.stderr is not None
-    reader = threading.Thread(target=log.extend, args=(process.stderr,), daemon=True)
-    reader.start()
+    flags = ["--lora-dir", str(loras), "--admin-keys", ADMIN_KEY, "--cors-origins", origin]
     try:
-        yield Desk(folder, _address(process, log), origin)
+        with serving_bundled(*flags) as address:
+            yield Desk(folder, address, origin)
     finally:
-        process.terminate()
-        process.wait(timeout=SECONDS)
-        reader.join(timeout=30)
-        process.stderr.close()
         site.shutdown()
         site.server_close()
 
@@ -114,17 +104,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Nothing."""
-
-
-def _address(process: subprocess.Popen[str], log: list[str]) -> str:
-    give_up_at = time.monotonic() + SECONDS
-    while time.monotonic() < give_up_at:
-        assert process.poll() is None, log
-        found = re.search(r"listens on (http://[0-9.:]+)", "".join(log))
-        if found and httpx.get(f"{found[1]}/readyz", trust_env=False).status_code == 200:
-            return found[1]
-        time.sleep(0.1)
-    raise AssertionError(log)
 
 
 def code_for(desk: Desk, block: Block) -> str:
