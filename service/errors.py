@@ -24,6 +24,7 @@ class ErrorCode(StrEnum):
     CROSS_ORIGIN = "cross_origin"
     NOT_FOUND = "not_found"
     GONE = "gone"
+    UNKNOWN_MODEL = "unknown_model"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     NOT_ACCEPTABLE = "not_acceptable"
     REQUEST_TIMEOUT = "request_timeout"

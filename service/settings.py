@@ -151,6 +151,7 @@ class Settings(BaseModel):
         description="Who may read /docs and /openapi.json: everybody, holders of a key, administrators, nobody.",
     )
     metrics_access: Access = Field("clients", description="The same for /metrics, where it has no port of its own.")
+    playground: bool = Field(True, description="Serve a page at / on which people try the service with a browser.")
     cors_origins: CommaSeparated = Field((), description="Web origins that may call the service.")
     allowed_hosts: Annotated[CommaSeparated, AfterValidator(_require_host_names)] = Field(
         (), description="Host names under which the service may be called, without ports; by default any."

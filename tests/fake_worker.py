@@ -4,6 +4,7 @@ The picture is a function of seed, prompt, image and mask (`paint`), so a test
 knows what the right answer is. A word in the prompt makes a request misbehave:
 
     fail    answered with INTERNAL after its first step
+    nan     answered with NAN_OUTPUT after its first step
     crash   the process kills itself after the first step
     hang    the process stops looking at its pipe after the first step
     slow    ten times as many steps
@@ -29,6 +30,8 @@ Words in a LoRA's header (its metadata, or names of tensors) do the same while i
     die_after_ready=1    it dies as soon as it is ready
     load_forever=1       it never becomes ready
     startup_gate=PATH    it becomes ready when the file exists
+    native_size=64       side of the square that the model was trained on
+    schedulers=A,B       its noise schedulers, the default one first
     ip_adapter=KIND      the model has an IP-Adapter: plain or plus, or bare, which is plain without an image encoder
 """
 
@@ -138,7 +141,7 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
     options.wait_until_loaded(connection)
     connection.send(
         Ready(
-            model=dataclasses.replace(MODEL, ip_adapter=IP_ADAPTERS.get(options.ip_adapter)),
+            model=options.model(),
             device=device,
             dtype="float32",
             max_images=settings.max_images or options.max_images,
@@ -165,6 +168,8 @@ class Options:
     die_after_ready: bool = False
     load_forever: bool = False
     startup_gate: str = ""
+    native_size: int = MODEL.native_size
+    schedulers: str = ",".join(MODEL.schedulers)
     ip_adapter: str = ""
 
     @classmethod
@@ -172,6 +177,17 @@ class Options:
         """Read the query, each value as the default's type."""
         pairs = dict(parse_qsl(settings.model.partition("?")[2]))
         return cls(**{name: type(getattr(cls, name))(value) for name, value in pairs.items()})
+
+    def model(self) -> ModelInfo:
+        """The model that is told of."""
+        schedulers = tuple(self.schedulers.split(","))
+        return dataclasses.replace(
+            MODEL,
+            native_size=self.native_size,
+            schedulers=schedulers,
+            default_scheduler=schedulers[0],
+            ip_adapter=IP_ADAPTERS.get(self.ip_adapter),
+        )
 
     def count_start(self, device: str) -> int:
         """Note this start; returns how many there were on this device."""
@@ -334,6 +350,8 @@ class FakeWorker:
                 time.sleep(3600)
             if generation.asks_for("fail"):
                 self.fail(generation, ErrorCode.INTERNAL)
+            elif generation.asks_for("nan"):
+                self.fail(generation, ErrorCode.NAN_OUTPUT)
             elif generation.steps_done == generation.steps:
                 self.running.remove(generation)
                 self.connection.send(Finished(generation.request_id, _result(generation)))

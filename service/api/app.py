@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from service.api import adapters, docs, inpaint, ops, requests
+from service.api import adapters, docs, inpaint, ops, playground_page, requests, wire_formats
 from service.api.access_log import AccessLog
 from service.api.async_request import AsyncRequest
 from service.api.async_requests import AsyncRequests
@@ -23,9 +23,6 @@ from service.api.kept_requests import KeptRequests
 from service.api.keys import load_keys
 from service.api.openapi import TITLE, openapi_document
 from service.api.problems import on_http_exception, on_inpaint_error, on_validation_error
-from service.api.stability import route as stability
-from service.api.stability.errors import PATH_PREFIX as STABILITY_PREFIX
-from service.api.stability.errors import stability_error
 from service.api.state import Intake, ServiceState
 from service.api.webhook import webhook_policy, webhook_secret
 from service.engine.devices import usable_cores
@@ -84,13 +81,18 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
     )
     inpaint.add_routes(app)
     requests.add_routes(app)
-    stability.add_routes(app)
-    ops.add_routes(app, with_metrics=settings.metrics_port is None and settings.metrics_access != "off")
+    wire_formats.add_routes(app)
+    with_metrics = settings.metrics_port is None and settings.metrics_access != "off"
+    ops.add_routes(app, with_metrics=with_metrics, with_index=not settings.playground)
+    if settings.playground:
+        playground_page.add_routes(app)
     adapters.add_routes(app)
     if settings.docs_access != "off":
         docs.add_routes(app)
     app.add_middleware(Gate, settings=settings, keys=keys, engine=engine)
-    app.add_middleware(AccessLog, metrics=metrics, error_forms={STABILITY_PREFIX: stability_error})  # The outermost.
+    app.add_middleware(
+        AccessLog, metrics=metrics, error_forms=wire_formats.ERROR_FORMS
+    )  # The last one is the outermost.
     return app
 
 

@@ -25,6 +25,7 @@ KEEP_ALIVE_SECONDS = 15.0
 """After so long without an event a comment is sent, lest a proxy takes the connection for dead."""
 
 KEEP_ALIVE = ": waiting\n\n"
+"""The comment."""
 
 
 async def inpaint_events(

@@ -106,7 +106,7 @@ def read_form(parts: Sequence[Part], model: ModelInfo) -> InpaintForm:
         fields = InpaintFields.model_validate(texts, context=model)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
-        faults += [_value_fault(detail) for detail in details if detail["loc"][0] not in faulty]
+        faults += [value_fault(detail) for detail in details if detail["loc"][0] not in faulty]
     embeds: Mapping[str, Floats] = {}
     if fields is not None:
         checks = TensorChecks(model, fields.num_images_per_prompt, is_guided=fields.is_guided(model))
@@ -168,7 +168,7 @@ def _structural_faults(parts: Sequence[Part]) -> Iterable[Fault]:
         elif name not in FILES and is_file[name]:
             message = f"Send {name} as text, not as a file."
         if message is not None:
-            yield Fault(_shown(name), ErrorCode.INVALID_FIELD, message)
+            yield Fault(shown(name), ErrorCode.INVALID_FIELD, message)
 
 
 def _missing_parts(counts: Mapping[str, int]) -> Iterable[Fault]:
@@ -186,7 +186,7 @@ def _missing_parts(counts: Mapping[str, int]) -> Iterable[Fault]:
             yield Fault(name, ErrorCode.INVALID_FIELD, message)
 
 
-def _value_fault(detail: ErrorDetails) -> Fault:
+def value_fault(detail: ErrorDetails) -> Fault:
     """A fault that validation found; a validator's own error type is the code."""
     field, kind = str(detail["loc"][0]), detail["type"]
     if kind in _OUT_OF_RANGE:
@@ -200,7 +200,7 @@ def _value_fault(detail: ErrorDetails) -> Fault:
     return Fault(field, code, f"{field}: {detail['msg']}.")
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A client's own name for a field is shown only where it is harmless."""
     return name if _SANE_NAME.fullmatch(name) else "?"
 

@@ -4,6 +4,7 @@ Frameworks check keys and sizes once they have read the whole body; here
 nothing of it has been read when a request is refused.
 """
 
+import re
 from base64 import b64decode
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from service.api.body import BodyGuard
 from service.api.docs import DOCS_PATHS
 from service.api.keys import Keyrings
 from service.api.ops import METRICS_PATH
+from service.api.playground_page import OPEN_PATHS as PLAYGROUND_PATHS
 from service.api.problems import problem_response
 from service.api.records import record_of
 from service.engine.clients import ANONYMOUS, Client
@@ -40,6 +42,8 @@ _CORS_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, Prefer, Stability-Client-ID, "
     "Stability-Client-User-ID, Stability-Client-Version, X-API-Key, X-Request-Id, X-Webhook-URL"
 )
+# OpenAI's libraries send ever more of them, of no use to us; in browsers they work only where all are allowed.
+_CORS_CLIENT_HEADER = re.compile(r"(x-stainless|openai)-[a-z0-9-]{1,64}")
 _CORS_EXPOSED = (
     "Content-Disposition, ETag, Finish-Reason, Idempotent-Replayed, Location, Original-Request, Preference-Applied, "
     "Retry-After, Seed, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, X-Should-Retry"
@@ -63,6 +67,7 @@ class Gate:
         self._keys = keys
         self._accesses: dict[str, Access] = {
             **dict.fromkeys(OPEN_PATHS, "open"),
+            **(dict.fromkeys(PLAYGROUND_PATHS, "open") if settings.playground else {}),
             **dict.fromkeys(DOCS_PATHS, settings.docs_access),
             METRICS_PATH: settings.metrics_access,
         }
@@ -84,7 +89,7 @@ class Gate:
         try:
             self._check_head(scope, headers)
             if is_allowed_origin and scope["method"] == "OPTIONS" and "Access-Control-Request-Method" in headers:
-                await _preflight_response()(scope, receive, send)
+                await _preflight_response(headers)(scope, receive, send)
                 return
             self._check_origin(scope["method"], headers, is_allowed_origin)
             record_of(scope).client = self._client(scope["method"], scope["path"], headers)
@@ -215,12 +220,15 @@ def _host_of(origin: str) -> str | None:
         return None
 
 
-def _preflight_response() -> Response:
+def _preflight_response(headers: Headers) -> Response:
+    """Leave for a page of an allowed origin."""
+    asked = (name.strip().lower() for name in headers.get("Access-Control-Request-Headers", "").split(","))
+    of_clients = [name for name in asked if _CORS_CLIENT_HEADER.fullmatch(name)]
     return Response(
         status_code=204,
         headers={
             "Access-Control-Allow-Methods": _CORS_METHODS,
-            "Access-Control-Allow-Headers": _CORS_HEADERS,
+            "Access-Control-Allow-Headers": ", ".join([_CORS_HEADERS, *of_clients]),
             "Access-Control-Max-Age": str(_CORS_MAX_AGE_SECONDS),
         },
     )

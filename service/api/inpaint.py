@@ -20,16 +20,15 @@ from service.api.answers import (
     json_answer,
     response_of,
 )
-from service.api.async_inpaint import respond_async
+from service.api.async_inpaint import ACCEPTED, PARAMETERS, respond_async
 from service.api.events import inpaint_events
 from service.api.forms import InpaintForm, read_form
 from service.api.kept_answers import Answer
 from service.api.multipart import read_parts
 from service.api.openapi import INPAINT_OPERATION, INPAINT_RESPONSES, Tag
-from service.api.painting import Admitted, Body, Order, admit, preview, start
+from service.api.painting import Admitted, Body, Order, admit, preview, replay, start
 from service.api.prefer import Preference, preference_of
 from service.api.problems import Fault, InvalidRequest
-from service.api.records import record_of
 from service.api.state import state_of
 from service.api.work import Work
 from service.errors import ErrorCode, InpaintError
@@ -59,8 +58,8 @@ def add_routes(app: FastAPI) -> None:
         response_model=None,
         tags=[Tag.INPAINTING],
         summary="Repaint the masked part of a picture",
-        openapi_extra=INPAINT_OPERATION,
-        responses=INPAINT_RESPONSES,
+        openapi_extra={**INPAINT_OPERATION, "parameters": [*INPAINT_OPERATION["parameters"], *PARAMETERS]},
+        responses=INPAINT_RESPONSES | ACCEPTED,
     )
 
 
@@ -78,7 +77,9 @@ async def inpaint(request: Request) -> Response:
         lambda body, model: _async_order(body, model, accept, preference) if is_async else _order(body, model, accept),
     )
     if isinstance(admitted, Answer):
-        return _replay(request, admitted, accept)
+        if admitted.status == HTTPStatus.OK:
+            choose_media_type(accept, (admitted.media_type,))  # Who now takes only another shape does not repeat.
+        return replay(request, admitted)
     if is_async:
         return await respond_async(request, admitted, preference, webhook)
     work = start(admitted, _ANSWERS.get(admitted.order.media_type, image_answer))
@@ -87,19 +88,6 @@ async def inpaint(request: Request) -> Response:
             _events(admitted, work), headers=EVENT_STREAM_HEADERS, media_type=EVENT_STREAM_MEDIA_TYPE
         )
     return response_of(await work.answer_unless_gone(request))
-
-
-def _replay(request: Request, answer: Answer, accept: str) -> Response:
-    """The first answer as it was; a client that now takes only another shape does not repeat its request.
-
-    Raises:
-        InpaintError: `NOT_ACCEPTABLE`.
-    """
-    if answer.status == HTTPStatus.OK:
-        choose_media_type(accept, (answer.media_type,))
-    record_of(request.scope).replay_of = answer.request_id
-    state_of(request).metrics.replayed()
-    return response_of(answer, {"Idempotent-Replayed": "true", "Original-Request": answer.request_id})
 
 
 def _order(body: Body, model: ModelInfo, accept: str) -> Order:

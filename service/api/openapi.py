@@ -28,7 +28,6 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from service import __version__
-from service.api import prefer, webhook
 from service.api.field_types import FreeUFactors
 from service.api.fields import InpaintFields
 from service.api.forms import JSON_FIELDS
@@ -91,13 +90,21 @@ _WITH_RETRY_AFTER = frozenset(
 )
 
 # In any answer; the gate refuses before a route is known.
-_GATE_CODES = (
+GATE_CODES = (
     ErrorCode.BAD_REQUEST,
     ErrorCode.UNAUTHORIZED,
     ErrorCode.HEADERS_TOO_LARGE,
     ErrorCode.INTERNAL,
 )
-_NOT_OF_INPAINT = frozenset({ErrorCode.NOT_FOUND, ErrorCode.GONE, ErrorCode.METHOD_NOT_ALLOWED, ErrorCode.CANCELLED})
+_NOT_OF_INPAINT = frozenset(
+    {
+        ErrorCode.NOT_FOUND,
+        ErrorCode.UNKNOWN_MODEL,
+        ErrorCode.GONE,
+        ErrorCode.METHOD_NOT_ALLOWED,
+        ErrorCode.CANCELLED,
+    }
+)
 
 
 def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
@@ -107,7 +114,7 @@ def problems(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
         codes: What the route itself may answer; what the gate answers is added.
     """
     by_status: dict[int, list[ErrorCode]] = defaultdict(list)
-    for code in dict.fromkeys((*codes, *_GATE_CODES)):
+    for code in dict.fromkeys((*codes, *GATE_CODES)):
         by_status[STATUS[code]].append(code)
     return {status: _problem(by_status[status]) for status in sorted(by_status)}
 
@@ -157,7 +164,7 @@ def _form_schema() -> dict[str, Any]:
             "A picture to paint by, PNG, JPEG or WebP of any size; for models with an IP-Adapter, see `/v1/models`."
         ),
         **{name: _file(f"{text} {_TENSOR_TEXT}") for name, text in _TENSOR_TEXTS.items()},
-        **{name: _without_null(field) for name, field in schema["properties"].items()},
+        **{name: without_null(field) for name, field in schema["properties"].items()},
     }
     return {
         "type": "object",
@@ -179,7 +186,7 @@ def _file(description: str) -> dict[str, Any]:
     }
 
 
-def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
+def without_null(field: Mapping[str, Any]) -> dict[str, Any]:
     """A form field is sent or left out; it cannot be null."""
     flat = {name: value for name, value in field.items() if name not in ("anyOf", "title")}
     for alternative in field.get("anyOf", ()):
@@ -200,22 +207,7 @@ INPAINT_OPERATION: dict[str, Any] = {
             "description": "Makes a repetition safe: the same key and form get the first answer again, even where its "
             "client had hung up. Another form is `key_reuse`; while the first request runs, `in_progress`.",
             "schema": {"type": "string", "minLength": 1, "maxLength": MAX_CHARACTERS, "pattern": f"^{PATTERN}$"},
-        },
-        {
-            "name": prefer.HEADER,
-            "in": "header",
-            "description": "`respond-async` (RFC 7240): 202 as soon as the request is admitted; it is asked for at "
-            "`/v1/requests/{request_id}`. `respond-async, wait=10`: the answer itself, if it is there within 10 "
-            "seconds.",
-            "schema": {"type": "string"},
-        },
-        {
-            "name": webhook.HEADER,
-            "in": "header",
-            "description": "With `respond-async`: where its end is to be told, at a host that the operator allows. The "
-            "state is sent there, signed as Standard Webhooks has it.",
-            "schema": {"type": "string", "format": "uri", "minLength": 1, "maxLength": webhook.MAX_CHARACTERS},
-        },
+        }
     ],
     "requestBody": {
         "required": True,
@@ -266,15 +258,6 @@ INPAINT_RESPONSES: dict[int | str, dict[str, Any]] = {
                 }
             },
         },
-    },
-    202: {
-        "description": "With `Prefer: respond-async`: the request is admitted.",
-        "headers": {
-            "Location": {"description": "Where to ask for it.", "schema": _TEXT},
-            prefer.APPLIED_HEADER: {"description": "`respond-async`.", "schema": _TEXT},
-            "Retry-After": {"description": "Seconds after which to ask.", "schema": {"type": "integer"}},
-        },
-        "content": {"application/json": {"schema": {"$ref": _REFS.format(model="RequestState")}}},
     },
     **problems(*(code for code in ErrorCode if code not in _NOT_OF_INPAINT)),
 }

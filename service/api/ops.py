@@ -48,12 +48,13 @@ _DESCRIPTIONS = {
 }
 
 
-def add_routes(app: FastAPI, *, with_metrics: bool) -> None:
+def add_routes(app: FastAPI, *, with_metrics: bool, with_index: bool) -> None:
     """Their routes.
 
     Args:
         app: Where to add them.
         with_metrics: Whether `/metrics` is here, and not on a port of its own.
+        with_index: Whether `/` is the index, and not a page that answers it, too.
     """
     app.add_api_route(
         "/healthz", healthz, openapi_extra=_NO_KEY, tags=[Tag.OPERATION], summary="Whether the process lives"
@@ -84,7 +85,8 @@ def add_routes(app: FastAPI, *, with_metrics: bool) -> None:
             summary="Prometheus metrics",
             responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems()},
         )
-    app.add_api_route("/", index, include_in_schema=False)
+    if with_index:
+        app.add_api_route("/", index, include_in_schema=False)
 
 
 async def index(request: Request) -> dict[str, str]:
@@ -138,10 +140,18 @@ def _why_not_ready(engine: Engine) -> InpaintError | None:
 
 async def models(request: Request) -> ModelList:
     """The one served model in OpenAI's list shape, with our fields beside."""
-    state = state_of(request)
+    return ModelList(data=[await served_model(state_of(request))])
+
+
+async def served_model(state: ServiceState) -> ServedModel:
+    """What there is to say of the served model.
+
+    Raises:
+        InpaintError: `NOT_READY`, none has loaded yet.
+    """
     model = state.model
     entries = await state.in_thread(state.engine.adapters.entries)
-    return ModelList(data=[_served(state, model, [ModelAdapter(name=entry.name) for entry in entries])])
+    return _served(state, model, [ModelAdapter(name=entry.name) for entry in entries])
 
 
 def _served(state: ServiceState, model: ModelInfo, adapters: list[ModelAdapter]) -> ServedModel:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from secrets import randbelow
 
 from starlette.requests import Request
+from starlette.responses import Response
 
-from service.api.answers import Painted, stage_timings
+from service.api.answers import Painted, response_of, stage_timings
 from service.api.field_types import MAX_SEED
 from service.api.forms import InpaintForm
 from service.api.idempotency import body_digest, request_name
@@ -21,13 +22,24 @@ from service.api.ip_adapter import ip_adapter_use
 from service.api.kept_answers import Answer, Claim
 from service.api.loras import resolve_loras
 from service.api.multipart import Part
-from service.api.pictures import DEFAULT_ENCODING, Canvas, Encoding, prepare_canvas, preview_file, render
+from service.api.pictures import (
+    DEFAULT_ENCODING,
+    DEFAULT_SHAPING,
+    Canvas,
+    Encoding,
+    ImageFile,
+    Shaping,
+    prepare_canvas,
+    preview_file,
+    render,
+    unfinished_file,
+)
 from service.api.records import RequestRecord, record_of
 from service.api.state import ServiceState, state_of
 from service.api.tensors import TENSORS
 from service.api.work import Work
 from service.engine.engine import Handle
-from service.imaging import MaskChannel
+from service.imaging import ImageFormat, MaskChannel
 from service.messages import ModelInfo
 from service.request import InpaintParams, InpaintResult, LoraUse, Pixels
 
@@ -43,12 +55,14 @@ class Order:
         form: The form, with the format that is answered in its fields.
         media_type: What the answer will be sent as.
         mask_channel: What of the mask's file says where to repaint.
+        shaping: What is done to the picture before it is painted on, beyond what the form says.
         encoding: How pictures are encoded, beyond what the form says.
     """
 
     form: InpaintForm
     media_type: str
     mask_channel: MaskChannel = "luminance"
+    shaping: Shaping = DEFAULT_SHAPING
     encoding: Encoding = DEFAULT_ENCODING
 
 
@@ -97,7 +111,7 @@ async def admit(
         translate: Makes an order of it. Runs in a thread.
 
     Returns:
-        The admitted request; or the answer of the one that it repeats, which `service.api.idempotency` tells.
+        The admitted request; or the answer of the one that it repeats, to be given with `replay`.
 
     Raises:
         InpaintError: It is refused.
@@ -130,7 +144,12 @@ def _prepare(order: Order, state: ServiceState, model: ModelInfo) -> _Prepared:
     """Find the LoRAs, decode and fit. In a thread: files are looked for, and pictures take a while."""
     loras = resolve_loras(order.form.fields.loras, state.engine.adapters)
     canvas = prepare_canvas(
-        order.form, model, state.settings.max_pixels, state.metrics, mask_channel=order.mask_channel
+        order.form,
+        model,
+        state.settings.max_pixels,
+        state.metrics,
+        mask_channel=order.mask_channel,
+        shaping=order.shaping,
     )
     return _Prepared(order, loras, canvas)
 
@@ -176,6 +195,13 @@ def start(admitted: Admitted, answer_of: Callable[[Painted], Answer]) -> Work:
     return Work(admitted.handle, finish, admitted.claim, admitted.state.unfinished)
 
 
+def replay(request: Request, answer: Answer) -> Response:
+    """The first answer as it was, to a request that repeats the first."""
+    record_of(request.scope).replay_of = answer.request_id
+    state_of(request).metrics.replayed()
+    return response_of(answer, {"Idempotent-Replayed": "true", "Original-Request": answer.request_id})
+
+
 async def preview(admitted: Admitted, painted: Pixels) -> bytes:
     """A picture of an unfinished step as a file, see `service.api.pictures.PREVIEW_FORMAT`.
 
@@ -185,6 +211,20 @@ async def preview(admitted: Admitted, painted: Pixels) -> bytes:
     """
     fields = admitted.order.form.fields
     return await admitted.state.in_thread(lambda: preview_file(admitted.canvas, painted, fields))
+
+
+async def unfinished(admitted: Admitted, painted: Pixels, image_format: ImageFormat) -> ImageFile:
+    """A picture of an unfinished step in the form of the finished one.
+
+    Args:
+        admitted: The request.
+        painted: (h, w, 3) uint8 RGB.
+        image_format: What to encode as.
+    """
+    order = admitted.order
+    return await admitted.state.in_thread(
+        lambda: unfinished_file(admitted.canvas, painted, order.form.fields, image_format, order.encoding)
+    )
 
 
 async def rendered(admitted: Admitted, result: InpaintResult) -> Painted:

@@ -1,7 +1,7 @@
 """From uploaded files to what a worker paints on, and from what it painted to files. Both run in a thread."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from service.api.ip_adapter import IMAGE
 from service.api.problems import Fault, InvalidRequest
 from service.api.tensors import TensorChecks
 from service.errors import ErrorCode
-from service.fitting import Fitted, Size
+from service.fitting import Fitted, Reshape, Size
 from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, ImageFormat, MaskChannel, Upload
 from service.messages import ModelInfo
 from service.metrics import Metrics
@@ -41,16 +41,35 @@ class Canvas:
 
 
 @dataclass(frozen=True, slots=True)
+class Shaping:
+    """What is done to an upload before it is painted on, beyond what the form says.
+
+    Attributes:
+        reshape: The size that picture and mask are brought to first of all; None leaves them as they are.
+        is_filled: Whether what is under the mask is painted over with the colours around it, for the model to start
+            from. It matters only where it starts from the picture at all, with a strength below 1.
+    """
+
+    reshape: Reshape | None = None
+    is_filled: bool = False
+
+
+DEFAULT_SHAPING = Shaping()
+
+
+@dataclass(frozen=True, slots=True)
 class Encoding:
     """How an answer's pictures are encoded, beyond what the form says. Arrays take no notice of it.
 
     Attributes:
         quality: Of JPEG and lossy WebP, 0 to 100; None for the formats' own, see `imaging.encode_image`.
         size: What the finished picture is scaled to; None leaves it as it is.
+        keeps_alpha: Whether the upload's own transparency stays.
     """
 
     quality: int | None = None
     size: Size | None = None
+    keeps_alpha: bool = True
 
 
 DEFAULT_ENCODING = Encoding()
@@ -66,6 +85,7 @@ class ImageFile:
         height: In pixels.
         width: In pixels.
         is_flagged: Whether the safety checker flagged it.
+        has_alpha: Whether some of it may be transparent.
     """
 
     data: bytes
@@ -73,10 +93,17 @@ class ImageFile:
     height: int
     width: int
     is_flagged: bool
+    has_alpha: bool = False
 
 
 def prepare_canvas(
-    form: InpaintForm, model: ModelInfo, max_pixels: int, metrics: Metrics, *, mask_channel: MaskChannel = "luminance"
+    form: InpaintForm,
+    model: ModelInfo,
+    max_pixels: int,
+    metrics: Metrics,
+    *,
+    mask_channel: MaskChannel = "luminance",
+    shaping: Shaping = DEFAULT_SHAPING,
 ) -> Canvas:
     """Decode, shape the mask and fit.
 
@@ -86,6 +113,7 @@ def prepare_canvas(
         max_pixels: Largest picture to decode.
         metrics: Where to count.
         mask_channel: What of the mask's file says where to repaint.
+        shaping: What else is done to the picture.
 
     Raises:
         InpaintError: The files cannot be used; `field` names the one at fault.
@@ -98,6 +126,8 @@ def prepare_canvas(
     if form.ip_adapter_image is not None:
         ip_adapter_image = imaging.decode_picture(form.ip_adapter_image, IMAGE, max_pixels=max_pixels)
     decoded_at = time.monotonic()
+    if shaping.reshape is not None:
+        upload = _reshaped(upload, shaping.reshape)
     mask = imaging.shape_mask(upload.mask, invert=fields.mask_invert, grow=fields.mask_grow, blur=fields.mask_blur)
     imaging.require_nonempty(mask)
     fitted = fitting.fit(
@@ -109,6 +139,8 @@ def prepare_canvas(
         width=fields.width,
         padding_mask_crop=fields.padding_mask_crop,
     )
+    if shaping.is_filled and fields.strength < 1:
+        fitted = replace(fitted, image=imaging.filled(fitted.image, fitted.mask))
     checks = TensorChecks(model, fields.num_images_per_prompt, is_guided=fields.is_guided(model))
     latents, faults = checks.latents(form.latents, fitted.placement.working)
     if faults:
@@ -118,6 +150,11 @@ def prepare_canvas(
     metrics.observe_stage("decode", decoded_at - started_at)
     metrics.observe_stage("fit", time.monotonic() - decoded_at)
     return Canvas(upload, mask, fitted, InpaintTensors(**form.embeds, **latents), ip_adapter_image)
+
+
+def _reshaped(upload: Upload, reshape: Reshape) -> Upload:
+    alpha = None if upload.alpha is None else reshape.of(upload.alpha)
+    return replace(upload, image=reshape.of(upload.image), mask=reshape.of(upload.mask), alpha=alpha)
 
 
 def _require_something_to_paste_into(form: InpaintForm) -> None:
@@ -171,6 +208,21 @@ def preview_file(canvas: Canvas, painted: Pixels, fields: InpaintFields) -> byte
     return imaging.encode_image(painted, PREVIEW_FORMAT)
 
 
+def unfinished_file(
+    canvas: Canvas, painted: Pixels, fields: InpaintFields, image_format: ImageFormat, encoding: Encoding
+) -> ImageFile:
+    """An unfinished picture in the very form that the finished one will have.
+
+    Args:
+        canvas: What is painted on.
+        painted: (h, w, 3) uint8 RGB.
+        fields: What the client asked for.
+        image_format: What to encode as.
+        encoding: How.
+    """
+    return _picture_file(canvas, painted, fields, image_format, flag_policy=None, encoding=encoding)
+
+
 def _latents_file(canvas: Canvas, latents: Pixels | Floats, flag_policy: NsfwPolicy | None) -> ImageFile:
     """Latents as they are; flagged ones are zeros, because there is no blurring them."""
     if flag_policy in ("black", "blur"):
@@ -214,7 +266,7 @@ def _picture_file(
         pixels = _placed(canvas, painted.astype(np.uint8, copy=False), fields)
         if flag_policy == "blur":
             pixels = imaging.blur_flagged(pixels)
-        else:
+        elif encoding.keeps_alpha and image_format != "jpeg":
             alpha = _alpha(canvas, pixels, fields)
     if encoding.size is not None:
         pixels = fitting.resized(pixels, encoding.size)
@@ -223,7 +275,8 @@ def _picture_file(
         pixels, image_format, alpha=alpha, icc_profile=canvas.upload.icc_profile, quality=encoding.quality
     )
     height, width = pixels.shape[:2]
-    return ImageFile(data, MEDIA_TYPES[image_format], height, width, is_flagged=flag_policy is not None)
+    is_flagged, has_alpha = flag_policy is not None, alpha is not None
+    return ImageFile(data, MEDIA_TYPES[image_format], height, width, is_flagged=is_flagged, has_alpha=has_alpha)
 
 
 def _placed(canvas: Canvas, painted: Pixels, fields: InpaintFields) -> Pixels:

@@ -26,6 +26,7 @@ STATUS: Mapping[ErrorCode, int] = {
     ErrorCode.CROSS_ORIGIN: 403,
     ErrorCode.FORBIDDEN: 403,
     ErrorCode.NOT_FOUND: 404,
+    ErrorCode.UNKNOWN_MODEL: 404,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
     ErrorCode.NOT_ACCEPTABLE: 406,
     ErrorCode.REQUEST_TIMEOUT: 408,

@@ -14,7 +14,7 @@ from service.api.async_events import request_events
 from service.api.async_request import REQUESTS_PATH, AsyncRequest
 from service.api.async_schemas import RequestState
 from service.api.kept_result import KeptImage
-from service.api.openapi import problems
+from service.api.openapi import Tag, problems
 from service.api.records import record_of
 from service.api.state import state_of
 from service.errors import ErrorCode, InpaintError
@@ -45,6 +45,7 @@ def add_routes(app: FastAPI) -> None:
         one,
         get_request,
         response_model=RequestState,
+        tags=[Tag.INPAINTING],
         summary="What became of an asynchronous request",
         responses={200: {"headers": {"Retry-After": _RETRY_AFTER}}, **problems(*absent)},
     )
@@ -53,6 +54,7 @@ def add_routes(app: FastAPI) -> None:
         delete_request,
         methods=["DELETE"],
         status_code=HTTPStatus.NO_CONTENT,
+        tags=[Tag.INPAINTING],
         summary="Give an asynchronous request up, or forget its result",
         responses=problems(*absent, ErrorCode.CROSS_ORIGIN),
     )
@@ -61,6 +63,7 @@ def add_routes(app: FastAPI) -> None:
         get_events,
         response_class=Response,
         response_model=None,
+        tags=[Tag.INPAINTING],
         summary="Its progress, from now to its end",
         responses=_EVENTS | problems(*absent),
     )
@@ -69,6 +72,7 @@ def add_routes(app: FastAPI) -> None:
         get_image,
         response_class=Response,
         response_model=None,
+        tags=[Tag.INPAINTING],
         summary="One of its images",
         responses=_IMAGE | problems(*(code for code in ErrorCode if code not in _NOT_OF_IMAGES)),
     )
@@ -109,7 +113,7 @@ async def get_image(request_id: str, index: str, request: Request) -> Response:
         "ETag": f'"{one.id}-{index}"',
         "Cache-Control": "private, no-cache",  # To be asked for each time: it can be deleted.
     }
-    if {headers["ETag"], "*"} & set(_tags(request)):
+    if {headers["ETag"], "*"} & set(_sent_tags(request)):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     file = image.file
     headers |= image_headers(file, image.seed)
@@ -146,7 +150,7 @@ def _image(one: AsyncRequest, index: str) -> KeptImage:
     return images[int(index)]
 
 
-def _tags(request: Request) -> list[str]:
+def _sent_tags(request: Request) -> list[str]:
     sent = ",".join(request.headers.getlist("If-None-Match")).split(",")
     return [tag.strip().removeprefix("W/") for tag in sent]
 

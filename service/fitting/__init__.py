@@ -22,11 +22,14 @@ from service.fitting.paste import (
     result_size,
 )
 from service.fitting.placement import Box, Placement, Size
+from service.fitting.reshape import Reshape, ReshapeMode
 
 __all__ = [
     "Box",
     "Fitted",
     "Placement",
+    "Reshape",
+    "ReshapeMode",
     "Size",
     "black_picture",
     "buckets",

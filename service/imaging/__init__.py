@@ -8,7 +8,7 @@ Everything here is synchronous and pure, and may run in any thread. What a
 hostile upload can provoke surfaces as `InpaintError` alone.
 """
 
-from service.imaging.decode import MaskChannel, Upload, decode_picture, decode_upload
+from service.imaging.decode import MaskChannel, Upload, decode_picture, decode_upload, picture_size
 from service.imaging.encode import (
     ARRAY_MEDIA_TYPE,
     MEDIA_TYPES,
@@ -21,7 +21,9 @@ from service.imaging.encode import (
     media_type,
     require_encodable,
 )
+from service.imaging.fill import filled
 from service.imaging.masks import require_nonempty, shape_mask
+from service.imaging.png import png_with_text
 
 __all__ = [
     "ARRAY_MEDIA_TYPE",
@@ -36,7 +38,10 @@ __all__ = [
     "decode_upload",
     "encode_array",
     "encode_image",
+    "filled",
     "media_type",
+    "picture_size",
+    "png_with_text",
     "require_encodable",
     "require_nonempty",
     "shape_mask",

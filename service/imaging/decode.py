@@ -23,7 +23,7 @@ from service.request import Pixels
 
 MaskChannel = Literal["luminance", "alpha", "opacity"]
 """What of a mask's file says where to repaint: white; "alpha", transparent; "opacity", opaque, or white where the file
-has no transparent pixel."""
+has no transparent pixel, and everything where there is no file."""
 
 # The most that a JPEG can state. A PNG row of millions of pixels would cost seconds in every resize.
 MAX_SIDE = 65_535
@@ -66,7 +66,8 @@ def decode_upload(
         max_pixels: Largest height times width; read from the headers, before pixels are decoded. No side may
             be longer than `MAX_SIDE`.
         mask_channel: "alpha" takes the mask file's alpha instead, transparent = repaint, as OpenAI's wire format does;
-            "opacity" takes it the other way round where it is not opaque everywhere, as AUTOMATIC1111's does.
+            "opacity" takes it the other way round where it is not opaque everywhere, as AUTOMATIC1111's does, and
+            without a mask's file the whole picture is to be repainted.
 
     Raises:
         InpaintError: `UNSUPPORTED_MEDIA`, `INVALID_IMAGE`, `TOO_MANY_PIXELS`, `ANIMATED`, `MASK_MISMATCH`, or
@@ -86,7 +87,9 @@ def decode_upload(
         )
 
     rgb, alpha = _rgb_and_alpha(picture)
-    if mask_picture is None:
+    if mask_picture is None and mask_channel == "opacity":
+        grey = np.full(rgb.shape[:2], _OPAQUE, np.uint8)
+    elif mask_picture is None:
         grey, alpha = _mask_of_alpha(alpha, "Send a mask file, or an image with an alpha channel."), None
     elif mask_channel == "luminance":
         grey = _grey(mask_picture)
@@ -115,6 +118,20 @@ def decode_picture(data: bytes, field: str, *, max_pixels: int) -> Pixels:
         InpaintError: As in `decode_upload`.
     """
     return _rgb_and_alpha(_open(data, field, max_pixels))[0]
+
+
+def picture_size(data: bytes, field: str, *, max_pixels: int) -> tuple[int, int]:
+    """Height and width of a picture once upright; its pixels are not decoded.
+
+    Args:
+        data: The file, as in `decode_upload`.
+        field: The form field that it came in.
+        max_pixels: Largest height times width.
+
+    Raises:
+        InpaintError: As in `decode_upload`.
+    """
+    return _open(data, field, max_pixels).size
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,9 @@ _COLOUR_TYPES = {3: 2, 4: 6}  # channels: truecolour, truecolour with alpha
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type: samples of a pixel
 _SUB_FILTER, _UP_FILTER = 1, 2
 
+# The signature, then IHDR's length, kind, 13 bytes and checksum.
+_HEADER_END = len(PNG_SIGNATURE) + 25
+
 # Of drawings with plain areas, far less is left than of any photograph.
 _MAX_FLAT_SHARE = 1 / 16
 
@@ -43,6 +46,24 @@ def encode_png(pixels: Pixels, icc_profile: bytes | None) -> bytes:
     if icc_profile is not None:
         pieces += _chunk(b"iCCP", b"ICC Profile\0\0", zlib.compress(icc_profile))
     return b"".join([*pieces, *_chunk(b"IDAT", stream), *_chunk(b"IEND")])
+
+
+def png_with_text(data: bytes, keyword: str, text: str) -> bytes:
+    """The same PNG with a text beside its pixels: `tEXt` where Latin-1 can say it, else `iTXt`, which is UTF-8.
+
+    Args:
+        data: A PNG that `encode_png` made.
+        keyword: What the text is, 1 to 79 characters of Latin-1.
+        text: Any text; of what is no Unicode, or NUL, question marks are left.
+    """
+    text = text.replace("\0", "?")
+    name = keyword.encode("latin-1")
+    try:
+        chunk = _chunk(b"tEXt", name, b"\0", text.encode("latin-1"))
+    except UnicodeEncodeError:
+        chunk = _chunk(b"iTXt", name, b"\0\0\0\0\0", text.encode("utf-8", "replace"))
+    view = memoryview(data)
+    return b"".join([view[:_HEADER_END], *chunk, view[_HEADER_END:]])
 
 
 def _minus_above(pixels: Pixels) -> Pixels:

@@ -7,17 +7,16 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import httpx
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from playwright.sync_api import Browser
 
+from tests.bundled_service import serving_bundled
 from tests.examples.blocks import README, Block, blocks_of
 
 ROOT = README.parent
@@ -31,7 +30,7 @@ SECONDS = 120
 BLOCKS = blocks_of(README.read_text())
 RUN = [block for block in BLOCKS if block.excuse is None]
 
-_OUTPUT = re.compile(r"(?:-o |--output |writeFile\(\"|open\(\")([\w.-]+\.(?:png|jpeg|jpg|webp))")
+_OUTPUT = re.compile(r"(?:-o |--output |writeFile\(\"|open\(\")([\w.-]+\.(?:png|jpeg|jpg|webp))(?!\", \"rb\")")
 
 
 def named(block: Block) -> str:
@@ -56,8 +55,7 @@ class Desk:
         """Run a command in the folder; it must succeed, and write the pictures that it names."""
         script = command[-1]
         for name in _OUTPUT.findall(script):
-            if name not in ("photo.jpg", "mask.png"):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / name).unlink(missing_ok=True)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environ = {**os.environ, "PATH": path, "ADMIN_KEY": ADMIN_KEY, "INPAINT_URL": self.address, "NO_PROXY": "*"}
         done = subprocess.run(
@@ -77,6 +75,14 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     Image.open(EXAMPLE / "scene.png").save(folder / "photo.jpg", quality=95)
     shutil.copy(EXAMPLE / "scene.png", folder / "photo.png")
     shutil.copy(EXAMPLE / "mask.png", folder / "mask.png")
+    mask = Image.open(EXAMPLE / "mask.png").convert("L")
+    alpha = mask.convert("RGBA")
+    alpha.putalpha(ImageChops.invert(mask))
+    alpha.save(folder / "mask-alpha.png")
+    for name in ("photos", "masks"):
+        (folder / name).mkdir()
+        for stem in ("one", "two"):
+            shutil.copy(EXAMPLE / ("scene.png" if name == "photos" else "mask.png"), folder / name / f"{stem}.png")
     shutil.copy(PENCIL, folder / "pencil.safetensors")
     loras = folder / "loras"
     loras.mkdir()
@@ -86,20 +92,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=site.serve_forever, daemon=True).start()
     origin = f"http://127.0.0.1:{site.server_port}"
-    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--devices", "cpu", "--log-format", "text"]
-    command += ["--lora-dir", str(loras), "--admin-keys", ADMIN_KEY, "--cors-origins", origin]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    log: list[str] = []
-    assert process.stderr is not None
-    reader = threading.Thread(target=log.extend, args=(process.stderr,), daemon=True)
-    reader.start()
+    flags = ["--lora-dir", str(loras), "--admin-keys", ADMIN_KEY, "--cors-origins", origin]
     try:
-        yield Desk(folder, _address(process, log), origin)
+        with serving_bundled(*flags) as address:
+            yield Desk(folder, address, origin)
     finally:
-        process.terminate()
-        process.wait(timeout=SECONDS)
-        reader.join(timeout=30)
-        process.stderr.close()
         site.shutdown()
         site.server_close()
 
@@ -107,17 +104,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Nothing."""
-
-
-def _address(process: subprocess.Popen[str], log: list[str]) -> str:
-    give_up_at = time.monotonic() + SECONDS
-    while time.monotonic() < give_up_at:
-        assert process.poll() is None, log
-        found = re.search(r"listens on (http://[0-9.:]+)", "".join(log))
-        if found and httpx.get(f"{found[1]}/readyz", trust_env=False).status_code == 200:
-            return found[1]
-        time.sleep(0.1)
-    raise AssertionError(log)
 
 
 def code_for(desk: Desk, block: Block) -> str:

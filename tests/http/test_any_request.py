@@ -15,7 +15,10 @@ from service.api.fields import InpaintFields
 from service.api.forms import FILES
 from tests.http.serving import BOUNDARY, CLOSING, LiveServer, check_problem, part, png, scene, serving, square_mask
 
+FORMS = ("/v1/inpaint", "/sdapi/v1/img2img")
 FIELDS = (*FILES, *InpaintFields.model_fields)
+
+FORMS = ("/v1/inpaint", "/v1/images/edits")
 
 # A run is the same every time and on every machine, and takes a bounded number of requests.
 bounded = settings(
@@ -114,12 +117,12 @@ def test_answers_are_those_of_the_document(open_server: LiveServer, mode: Genera
     num_cases = 0
     asked = operations(open_server)
     assert len(asked) >= 8
-    if mode is GenerationMode.NEGATIVE:  # Only the form can be wrong: any text may be a name, any bytes a file.
-        asked = [operation for operation in asked if operation.path == "/v1/inpaint"]
+    if mode is GenerationMode.NEGATIVE:  # Only forms can be wrong: any text may be a name, any bytes a file.
+        asked = [operation for operation in asked if operation.path in FORMS]
 
     for operation in asked:
 
-        @settings(bounded, max_examples=150 if operation.path == "/v1/inpaint" else 30)
+        @settings(bounded, max_examples=150 if operation.path in FORMS else 30)
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: Case) -> None:
             nonlocal num_cases

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.api import inpaint as inpaint_module
+from service.api import painting
 from tests.http.serving import (
     CLOSING,
     LiveServer,
@@ -111,7 +111,7 @@ def in_the_denoising(server: LiveServer, _gate: Path, _patch: pytest.MonkeyPatch
 def in_the_rendering(server: LiveServer, _gate: Path, patch: pytest.MonkeyPatch) -> None:
     """The picture is painted, and being encoded in a thread."""
     num_rendering, may_go_on = threading.Semaphore(0), threading.Event()
-    render = inpaint_module.render
+    render = painting.render
 
     def held(*arguments: object) -> object:
         num_rendering.release()
@@ -119,7 +119,7 @@ def in_the_rendering(server: LiveServer, _gate: Path, patch: pytest.MonkeyPatch)
         return render(*arguments)  # type: ignore[arg-type]
 
     with patch.context() as context:
-        context.setattr(inpaint_module, "render", held)
+        context.setattr(painting, "render", held)
         connections = [post(server, b"a", f"Accept: {kind}") for kind in ("image/png", "text/event-stream")]
         for _ in connections:
             assert num_rendering.acquire(timeout=20)

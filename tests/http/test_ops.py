@@ -65,7 +65,7 @@ def test_metrics_count_answers_by_template_and_never_by_what_clients_chose(serve
 
 def test_the_root_names_the_documentation(server: LiveServer) -> None:
     """Who asks for `/` learns where the API is described."""
-    root = server.client.get("/").json()
+    root = server.client.get("/", headers={"Accept": "application/json"}).json()
     assert (root["docs"], root["openapi"]) == ("/docs", "/openapi.json")
     assert server.client.get(root["docs"]).status_code == server.client.get(root["openapi"]).status_code == 200
 

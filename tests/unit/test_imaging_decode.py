@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from service.errors import ErrorCode, InpaintError
-from service.imaging import Upload, decode_upload
+from service.imaging import Upload, decode_upload, picture_size
 from tests.unit.picture_files import (
     GREY,
     GREY_ALPHA,
@@ -72,12 +72,13 @@ def test_lossy_pictures_come_near(image_format: str, arguments: dict[str, object
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_to_picture_and_mask(orientation: int, image_format: str) -> None:
-    """All eight orientations, in each format, turn picture and mask as `exif_transpose` does."""
+    """All eight orientations, in each format, turn picture, mask and the size told ahead as `exif_transpose` does."""
     stored = saved(scene(40, 60), image_format, exif=exif(orientation))
     expected = ImageOps.exif_transpose(Image.open(BytesIO(stored)))
     upload = decode(stored, stored)
     assert np.array_equal(upload.image, np.asarray(expected.convert("RGB")))
     assert np.array_equal(upload.mask, np.asarray(expected.convert("L")))
+    assert picture_size(stored, "image", max_pixels=MAX_PIXELS) == upload.image.shape[:2]
 
 
 def test_a_turned_picture_takes_an_upright_mask() -> None:
@@ -254,6 +255,15 @@ def test_a_masks_opacity_can_be_the_mask() -> None:
     for mask in (rgba, rgba[..., :3]):
         upload = decode_upload(picture, saved(mask), max_pixels=MAX_PIXELS, mask_channel="opacity")
         assert np.array_equal(upload.mask, np.asarray(Image.fromarray(rgba[..., :3]).convert("L")))
+
+
+def test_without_a_mask_opacity_means_everything() -> None:
+    """Where opaque means repaint, no mask means the whole picture, and the picture's own alpha stays its own."""
+    rgba = noise(20, 30, 4)
+    upload = decode_upload(saved(rgba), None, max_pixels=MAX_PIXELS, mask_channel="opacity")
+    assert (upload.mask == 255).all()
+    assert upload.alpha is not None
+    assert np.array_equal(upload.alpha, rgba[..., 3])
 
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes() -> None:

@@ -16,7 +16,7 @@ from service.errors import InpaintError
 from service.imaging import Upload, decode_upload, deflate, encode_image
 from service.imaging import png as png_files
 from service.imaging.formats import check_png, png_chunks
-from service.imaging.png import with_stored_pixels
+from service.imaging.png import encode_png, png_with_text, with_stored_pixels
 from tests.unit.picture_files import GREY, PALETTE, RGB, RGBA, SIGNATURE, Pixels, chunk, noise, png, saved, scene
 
 needs_isal = pytest.mark.skipif(deflate._isal is None, reason="ISA-L is not installed")
@@ -268,3 +268,15 @@ def test_damaged_streams_are_judged_alike(name: str, data: st.DataObject, monkey
         with_isal, undamaged = outcome(damaged), outcome(USUAL[name])
         patch.setattr(deflate, "_isal", None)
         assert with_isal in (outcome(damaged), undamaged)
+
+
+@pytest.mark.parametrize("text", ["", "a red house\nSteps: 4", "Häuschen", "赤い家", "a\0b", "\ud800"])
+def test_a_text_beside_the_pixels(text: str) -> None:
+    """A text in any alphabet is read back by Pillow, and pixels and profile are what they were."""
+    pixels = np.random.default_rng(2).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    plain = encode_png(pixels, b"profile")
+    image = Image.open(BytesIO(png_with_text(plain, "parameters", text)))
+    assert image.info["parameters"] == text.replace("\0", "?").replace("\ud800", "?")
+    assert image.info["icc_profile"] == b"profile"
+    assert np.array_equal(np.asarray(image), pixels)
+    check_png(png_with_text(plain, "parameters", text))

@@ -11,12 +11,10 @@ from service.api.answers import JSON_MEDIA_TYPE, Painted, response_of
 from service.api.kept_answers import Answer
 from service.api.multipart import read_parts
 from service.api.openapi import Tag
-from service.api.painting import Body, Order, admit, start
+from service.api.painting import Body, Order, admit, replay, start
 from service.api.pictures import ImageFile
-from service.api.records import record_of
 from service.api.stability.form import translate
 from service.api.stability.openapi import OPERATION, RESPONSES, FinishReason, StabilityAnswer
-from service.api.state import state_of
 from service.imaging import MEDIA_TYPES
 from service.messages import ModelInfo
 
@@ -50,22 +48,11 @@ async def stability_inpaint(request: Request) -> Response:
     content_type = request.headers.get("Content-Type", "")
     admitted = await admit(request, lambda: read_parts(content_type, request.stream()), order)
     if isinstance(admitted, Answer):
-        return _replay(request, admitted, accept)
+        choose_media_type(accept, (admitted.media_type,))  # Who now takes only another shape does not repeat.
+        return replay(request, admitted)
     is_json = admitted.order.media_type == JSON_MEDIA_TYPE
     work = start(admitted, _json_answer if is_json else _image_answer)
     return response_of(await work.answer_unless_gone(request))
-
-
-def _replay(request: Request, answer: Answer, accept: str) -> Response:
-    """The first answer as it was.
-
-    Raises:
-        InpaintError: `NOT_ACCEPTABLE`, the client now takes only another shape.
-    """
-    choose_media_type(accept, (answer.media_type,))
-    record_of(request.scope).replay_of = answer.request_id
-    state_of(request).metrics.replayed()
-    return response_of(answer, {"Idempotent-Replayed": "true", "Original-Request": answer.request_id})
 
 
 def _image_answer(painted: Painted) -> Answer:

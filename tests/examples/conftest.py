@@ -1,0 +1,5 @@
+"""A real browser."""
+
+from tests.chromium import browser
+
+__all__ = ["browser"]
