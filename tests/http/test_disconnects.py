@@ -14,10 +14,12 @@ import psutil
 import pytest
 
 from service.api import painting
+from tests.http.async_clients import begin, ended
 from tests.http.serving import (
     CLOSING,
     LiveServer,
     eventually,
+    head,
     large_form,
     multipart_head,
     serving,
@@ -137,9 +139,34 @@ def in_the_answer(server: LiveServer, _gate: Path, _patch: pytest.MonkeyPatch) -
         hang_up(connection, is_reset=index % 2 == 0)
 
 
+def beside_an_asynchronous_request(server: LiveServer, gate: Path, _patch: pytest.MonkeyPatch) -> None:
+    """Readers of its events, and clients that wait for its end; it is painted all the same, and forgotten."""
+    url = begin(server, prompt="hold")
+    eventually(lambda: in_worker(server) == 1)
+    connections = []
+    for index in range(NUM_CLIENTS):
+        path = f"{url}/events" if index % 3 else f"{url}?wait=60"
+        connections.append(server.raw(head("Host: localhost", method="GET", path=path)))
+        if index % 3:
+            assert connections[-1].recv(15) == b"HTTP/1.1 200 OK"
+    for index, connection in enumerate(connections):
+        hang_up(connection, is_reset=index % 2 == 0)
+    gate.touch()
+    assert ended(server, url)["status"] == "completed"
+    assert server.client.delete(url).status_code == 204
+
+
 @pytest.mark.parametrize(
     "stage",
-    [before_the_head, in_the_upload, in_the_queue, in_the_denoising, in_the_rendering, in_the_answer],
+    [
+        before_the_head,
+        in_the_upload,
+        in_the_queue,
+        in_the_denoising,
+        in_the_rendering,
+        in_the_answer,
+        beside_an_asynchronous_request,
+    ],
     ids=lambda stage: stage.__name__,
 )
 def test_nothing_is_left_of_clients_that_go_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
