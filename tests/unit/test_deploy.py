@@ -180,7 +180,13 @@ def test_build_context_holds_what_is_copied_and_nothing_secret() -> None:
             for source in one.rest.split()[:-1]:
                 assert (ROOT / source).exists(), source
                 assert is_admitted(source), source
-    for path in (".git/config", ".env", "two_cores.json", "deploy/prometheus/prometheus.yml", "tests/unit/test_deploy.py"):
+    for path in (
+        ".git/config",
+        ".env",
+        "two_cores.json",
+        "deploy/prometheus/prometheus.yml",
+        "tests/unit/test_deploy.py",
+    ):
         assert not is_admitted(path), path
 
 
