@@ -419,15 +419,15 @@ def test_grafana_is_provisioned_from_the_files_that_are_here() -> None:
     """Data source, provider and dashboard are mounted read-only, where Grafana and the provider look for them."""
     mounts = [mount.split(":") for mount in COMPOSE["services"]["grafana"]["volumes"]]
     folders = {target: ROOT / source for source, target, *mode in mounts if mode == ["ro"]}
-    provisioning = folders["/etc/grafana/provisioning"]
-    (provider,) = yaml.safe_load((provisioning / "dashboards" / "inpaint.yml").read_text(encoding="utf-8"))["providers"]
+    provisioning = "/etc/grafana/provisioning"
+    providers = folders[f"{provisioning}/dashboards"] / "inpaint.yml"
+    (provider,) = yaml.safe_load(providers.read_text(encoding="utf-8"))["providers"]
     assert list(folders[provider["options"]["path"]].glob("*.json"))
     environment = COMPOSE["services"]["grafana"]["environment"]
     home = Path(environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
     assert (folders[str(home.parent)] / home.name).is_file()
-    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text(encoding="utf-8"))[
-        "datasources"
-    ]
+    sources = folders[f"{provisioning}/datasources"] / "prometheus.yml"
+    (source,) = yaml.safe_load(sources.read_text(encoding="utf-8"))["datasources"]
     host, port = source["url"].removeprefix("http://").split(":")
     assert any(published.endswith(f":{port}") for published in COMPOSE["services"][host]["ports"])
     config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
