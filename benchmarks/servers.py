@@ -98,7 +98,7 @@ def inpaint_service(
     Raises:
         ServerFailedError: It did not start.
     """
-    port = _free_port()
+    port = free_port()
     settings = {
         "INPAINT_HOST": "127.0.0.1",
         "INPAINT_PORT": str(port),
@@ -182,7 +182,7 @@ def _peer(  # noqa: PLR0917 - what a command is made of
     environment: Mapping[str, str],
     options: Sequence[str] = (),
 ) -> AbstractContextManager[Server]:
-    port = _free_port()
+    port = free_port()
     command = [f"benchmarks.peers.{module}", "--model", str(model), "--port", str(port), "--device", where.device]
     command += ["--threads", str(where.threads), *(["--dtype", where.dtype] if where.dtype else []), *options]
     common = CPU_ENVIRONMENT if where.device == "cpu" else NO_CHANGES
@@ -242,7 +242,7 @@ _given_out: set[int] = set()
 _given_out_lock = threading.Lock()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens on, and that no other call got: servers that start at once take theirs late."""
     with _given_out_lock:
         while True:

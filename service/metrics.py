@@ -18,12 +18,24 @@ from prometheus_client import (
     generate_latest,
 )
 
+from service.errors import ErrorCode
 from service.messages import Ready, Ticked
 from service.request import InpaintResult
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
 BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+REFUSALS = (ErrorCode.OVERLOADED, ErrorCode.NOT_READY, ErrorCode.DRAINING)
+FAILURES = (
+    ErrorCode.INTERNAL,
+    ErrorCode.NAN_OUTPUT,
+    ErrorCode.SAFETY_FAILED,
+    ErrorCode.OUT_OF_MEMORY,
+    ErrorCode.WORKER_LOST,
+    ErrorCode.DEADLINE,
+    ErrorCode.DRAINING,
+)
+WEBHOOK_OUTCOMES = ("delivered", "failed", "refused", "dropped", "abandoned")
 CANCEL_REASONS = ("disconnect", "timeout", "client", "deadline", "drain")
 
 Stage = Literal["decode", "fit", "prepare", "denoise", "vae_decode", "safety", "render"]
@@ -51,6 +63,9 @@ class Metrics:
         self._first_step_seconds = self._latency(
             "time_to_first_step_seconds", "Seconds from admission to the end of the first step."
         )
+        self._painted_seconds = self._latency(
+            "painted_seconds", "Seconds of one painted request from admission to its pictures."
+        )
         self._images = self._counter("images", "Images painted.")
         self._nsfw_flagged = self._counter("nsfw_flagged", "Images that the safety checker flagged.")
         self._rejected = self._counter("rejected", "Requests refused before admission.", "reason")
@@ -68,12 +83,23 @@ class Metrics:
         # Workers and their devices.
         self._worker_up = self._gauge("worker_up", "Whether the worker takes requests.", "worker")
         self._worker_restarts = self._counter("worker_restarts", "Times the worker was started again.", "worker")
+        self._stepping_seconds = self._counter("stepping_seconds", "Seconds that the worker spent in steps.", "worker")
         self._max_images = self._gauge("max_images", "Images that may run at once.", "worker")
         self._warm_up_step_seconds = self._gauge(
             "warm_up_step_seconds", "Seconds of one step at the native size, measured at warm-up.", "worker", "rows"
         )
         self._gpu_memory_bytes = self._gauge("gpu_memory_bytes", "Device memory.", "worker", "kind")
         self._gpu_busy_ratio = self._gauge("gpu_busy_ratio", "Share of time spent computing, 0 to 1.", "worker")
+
+        # A series that begins with its first event hides that event from `increase()`.
+        for counter, reasons in (
+            (self._rejected, REFUSALS),
+            (self._failed, FAILURES),
+            (self._cancelled, CANCEL_REASONS),
+            (self._webhooks, WEBHOOK_OUTCOMES),
+        ):
+            for reason in reasons:
+                counter.labels(reason)
 
     # --- called by the HTTP side ----------------------------------------------
 
@@ -132,12 +158,15 @@ class Metrics:
         self.observe_stage("denoise", timings.denoise)
         self.observe_stage("vae_decode", timings.vae_decode)
         self.observe_stage("safety", timings.safety)
+        spent = (timings.queue, timings.prepare, timings.denoise, timings.vae_decode, timings.safety)
+        self._painted_seconds.observe(sum(spent))
         self._images.inc(len(result.nsfw))
         self._nsfw_flagged.inc(sum(result.nsfw))
 
     def observe_tick(self, worker: str, ticked: Ticked) -> None:
         """A worker has done one step of its running batch."""
         self._step_seconds.labels(_row_bucket(ticked.rows)).observe(ticked.step_seconds)
+        self._stepping_seconds.labels(worker).inc(ticked.step_seconds)
         self._batch_images.observe(ticked.images)
         self._batch_rows.observe(ticked.rows)
         self._max_images.labels(worker).set(ticked.max_images)
@@ -148,7 +177,8 @@ class Metrics:
     def worker_ready(self, worker: str, ready: Ready) -> None:
         """A worker takes requests from now on."""
         self._worker_up.labels(worker).set(1)
-        self._worker_restarts.labels(worker)  # From the start a series of its own, at 0.
+        for counter in (self._worker_restarts, self._stepping_seconds):
+            counter.labels(worker)  # From the start a series of its own, at 0.
         self._max_images.labels(worker).set(ready.max_images)
         for rows, seconds in ready.step_seconds.items():
             self._warm_up_step_seconds.labels(worker, str(rows)).set(seconds)

@@ -30,7 +30,8 @@ SECONDS = 120
 BLOCKS = blocks_of(README.read_text())
 RUN = [block for block in BLOCKS if block.excuse is None]
 
-_OUTPUT = re.compile(r"(?:-o |--output |writeFile\(\"|open\(\")([\w.-]+\.(?:png|jpeg|jpg|webp))(?!\", \"rb\")")
+_NAME = r"([\w.-]+\.(?:png|jpg|webp))"
+_OUTPUT = re.compile(rf'(?:-o |writeFile\("|\.save\("){_NAME}|open\("{_NAME}", "wb"')
 
 
 def named(block: Block) -> str:
@@ -53,17 +54,17 @@ class Desk:
 
     def run(self, *command: str) -> None:
         """Run a command in the folder; it must succeed, and write the pictures that it names."""
-        script = command[-1]
-        for name in _OUTPUT.findall(script):
-            (self.folder / name).unlink(missing_ok=True)
+        outputs = [self.folder / (match[1] or match[2]) for match in _OUTPUT.finditer(command[-1])]
+        for output in outputs:
+            output.unlink(missing_ok=True)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environ = {**os.environ, "PATH": path, "ADMIN_KEY": ADMIN_KEY, "INPAINT_URL": self.address, "NO_PROXY": "*"}
         done = subprocess.run(
             command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=SECONDS, check=False
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        for name in _OUTPUT.findall(script):
-            with Image.open(self.folder / name) as picture:
+        for output in outputs:
+            with Image.open(output) as picture:
                 picture.load()
 
 
@@ -84,6 +85,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         for stem in ("one", "two"):
             shutil.copy(EXAMPLE / ("scene.png" if name == "photos" else "mask.png"), folder / name / f"{stem}.png")
     shutil.copy(PENCIL, folder / "pencil.safetensors")
+    (folder / "favicon.ico").touch()  # Browsers ask for one.
     loras = folder / "loras"
     loras.mkdir()
     shutil.copy(PENCIL, loras / "pencil.safetensors")

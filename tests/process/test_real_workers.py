@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from service.engine.engine import WORKER_TARGET, Engine
+from service.errors import ErrorCode
 from service.metrics import Metrics
 from service.request import InpaintRequest, InpaintResult
 from service.settings import Settings
@@ -111,7 +112,7 @@ def test_device_short_of_memory_and_then_lost(tmp_path: Path) -> None:
             (replaced,) = engine.workers()
             assert replaced.restarts == 1
             assert replaced.pid != before.pid
-            assert metric(engine, "inpaint_failed_total") == 0
+            assert all(metric(engine, f'inpaint_failed_total{{reason="{code}"}}') == 0 for code in ErrorCode)
             return [short, lost]
 
     short, lost = asyncio.run(scenario())

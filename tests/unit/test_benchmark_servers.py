@@ -170,7 +170,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 def test_nothing_is_left_of_a_server(tmp_path: Path) -> None:
     """A server is ready when it says so, and in the end its children are gone with it."""
     (tmp_path / "fake_peer.py").write_text(FAKE_PEER, encoding="utf-8")
-    port = servers._free_port()
+    port = servers.free_port()
     with servers._running("fake", ["fake_peer", str(port)], port, {"PYTHONPATH": str(tmp_path)}) as server:
         assert server.base_url == f"http://127.0.0.1:{port}"
         assert server.url == f"{server.base_url}/v1/inpaint"
@@ -186,7 +186,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     (tmp_path / "broken_peer.py").write_text("raise SystemExit('no such device')", encoding="utf-8")
     with (
         pytest.raises(ServerFailedError, match="fake did not start:\nno such device"),
-        servers._running("fake", ["broken_peer"], servers._free_port(), {"PYTHONPATH": str(tmp_path)}),
+        servers._running("fake", ["broken_peer"], servers.free_port(), {"PYTHONPATH": str(tmp_path)}),
     ):
         pass
 
@@ -201,7 +201,7 @@ def test_without_litserve_its_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) 
 def test_servers_that_start_at_once_get_different_ports() -> None:
     """No port is given out twice, though nobody listens on it yet."""
     with ThreadPoolExecutor(8) as threads:
-        ports = list(threads.map(lambda _: servers._free_port(), range(64)))
+        ports = list(threads.map(lambda _: servers.free_port(), range(64)))
     assert len(set(ports)) == len(ports)
 
 

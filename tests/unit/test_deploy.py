@@ -180,7 +180,13 @@ def test_build_context_holds_what_is_copied_and_nothing_secret() -> None:
             for source in one.rest.split()[:-1]:
                 assert (ROOT / source).exists(), source
                 assert is_admitted(source), source
-    for path in (".git/config", ".env", "two_cores.json", "deploy/prometheus.yml", "tests/unit/test_deploy.py"):
+    for path in (
+        ".git/config",
+        ".env",
+        "two_cores.json",
+        "deploy/prometheus/prometheus.yml",
+        "tests/unit/test_deploy.py",
+    ):
         assert not is_admitted(path), path
 
 
@@ -320,7 +326,16 @@ def test_every_setting_can_be_passed(service: str) -> None:
     assert {name for name in named if environment[name] is not None} <= {"INPAINT_METRICS_PORT", "INPAINT_DEVICES"}
 
 
-@pytest.mark.parametrize("path", ["Dockerfile", "docker-compose.yml", "deploy/healthcheck.py", "deploy/prometheus.yml"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "Dockerfile",
+        "docker-compose.yml",
+        "deploy/healthcheck.py",
+        "deploy/prometheus/prometheus.yml",
+        "deploy/prometheus/alerts.yml",
+    ],
+)
 def test_every_variable_named_is_a_setting(path: str) -> None:
     """A variable that a deployment file names is one that the service reads."""
     known = {environment_variable(name) for name in Settings.model_fields}
@@ -374,7 +389,7 @@ def test_images_of_others_are_pinned() -> None:
 
 def test_prometheus_scrapes_the_service_under_either_profile() -> None:
     """The one target is a host name that both services have, on the port of metrics alone, which is not published."""
-    config = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
     (job,) = config["scrape_configs"]
     (target,) = (target for group in job["static_configs"] for target in group["targets"])
     host, port = target.split(":")
@@ -386,13 +401,47 @@ def test_prometheus_scrapes_the_service_under_either_profile() -> None:
         assert all(port not in published for published in COMPOSE["services"][service]["ports"])
 
 
-def test_prometheus_reads_the_file_that_is_here() -> None:
-    """The mounted configuration exists and is read-only; the data goes to a named volume."""
+def test_prometheus_reads_the_files_that_are_here() -> None:
+    """The mounted configuration and the rules that it names exist, read-only; the data goes to a named volume."""
     config, data = COMPOSE["services"]["prometheus"]["volumes"]
-    source, _, mode = config.split(":")
-    assert (ROOT / source).is_file()
-    assert mode == "ro"
+    source, target, mode = config.split(":")
+    assert (target, mode) == ("/etc/prometheus", "ro")  # Where the image looks for prometheus.yml.
+    rule_files = yaml.safe_load((ROOT / source / "prometheus.yml").read_text(encoding="utf-8"))["rule_files"]
+    assert len(rule_files) == 2
+    assert all((ROOT / source / name).is_file() for name in rule_files)
     assert data.split(":")[0] in COMPOSE["volumes"]
+
+
+# --- Grafana -----------------------------------------------------------------------
+
+
+def test_grafana_is_provisioned_from_the_files_that_are_here() -> None:
+    """Data source, provider and dashboard are mounted read-only, where Grafana and the provider look for them."""
+    mounts = [mount.split(":") for mount in COMPOSE["services"]["grafana"]["volumes"]]
+    folders = {target: ROOT / source for source, target, *mode in mounts if mode == ["ro"]}
+    provisioning = "/etc/grafana/provisioning"
+    providers = folders[f"{provisioning}/dashboards"] / "inpaint.yml"
+    (provider,) = yaml.safe_load(providers.read_text(encoding="utf-8"))["providers"]
+    assert list(folders[provider["options"]["path"]].glob("*.json"))
+    environment = COMPOSE["services"]["grafana"]["environment"]
+    home = Path(environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (folders[str(home.parent)] / home.name).is_file()
+    sources = folders[f"{provisioning}/datasources"] / "prometheus.yml"
+    (source,) = yaml.safe_load(sources.read_text(encoding="utf-8"))["datasources"]
+    host, port = source["url"].removeprefix("http://").split(":")
+    assert any(published.endswith(f":{port}") for published in COMPOSE["services"][host]["ports"])
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
+    assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+
+
+def test_grafana_has_no_password_to_guess() -> None:
+    """Visitors may look; there is no administrator, no form to log in with and nothing to sign up for."""
+    environment = COMPOSE["services"]["grafana"]["environment"]
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+    assert environment["GF_AUTH_BASIC_ENABLED"] == "false"
+    assert environment["GF_USERS_ALLOW_SIGN_UP"] == "false"
 
 
 # --- constraints.txt and the CI script ---------------------------------------------

@@ -21,6 +21,11 @@ def samples(metrics: Metrics) -> dict[str, dict[str, float]]:
     return found
 
 
+def counted(series: dict[str, float]) -> dict[str, float]:
+    """Those that are not 0."""
+    return {labels: value for labels, value in series.items() if value}
+
+
 def busy_metrics() -> Metrics:
     """Metrics with every kind of event recorded."""
     metrics = Metrics()
@@ -58,15 +63,17 @@ def test_every_metric_of_the_contract_is_there() -> None:
     assert found["inpaint_step_seconds_sum"] == {"rows=8": 0.02}
     assert found["inpaint_batch_images_sum"] == {"": 3}
     assert found["inpaint_batch_rows_sum"] == {"": 6}
+    assert found["inpaint_painted_seconds_sum"] == {"": 1 + 2 + 3 + 4 + 5}
+    assert found["inpaint_stepping_seconds_total"] == {"worker=0": 0.02}
     assert found["inpaint_images_total"] == {"": 3}
     assert found["inpaint_nsfw_flagged_total"] == {"": 2}
     assert found["inpaint_replayed_total"] == {"": 1}
-    assert found["inpaint_webhooks_total"] == {"outcome=delivered": 1}
+    assert counted(found["inpaint_webhooks_total"]) == {"outcome=delivered": 1}
     assert found["inpaint_async_kept"] == {"": 4}
     assert found["inpaint_async_kept_bytes"] == {"": 500}
-    assert found["inpaint_rejected_total"] == {"reason=overloaded": 1}
-    assert found["inpaint_cancelled_total"] == {"reason=disconnect": 1}
-    assert found["inpaint_failed_total"] == {"reason=deadline": 1}
+    assert counted(found["inpaint_rejected_total"]) == {"reason=overloaded": 1}
+    assert counted(found["inpaint_cancelled_total"]) == {"reason=disconnect": 1}
+    assert counted(found["inpaint_failed_total"]) == {"reason=deadline": 1}
     assert found["inpaint_queue_depth"] == {"": 3}
     assert found["inpaint_in_flight"] == {"": 2}
     assert found["inpaint_worker_up"] == {"worker=0": 1}
@@ -75,6 +82,19 @@ def test_every_metric_of_the_contract_is_there() -> None:
     assert found["inpaint_gpu_memory_bytes"] == {"kind=allocated,worker=0": 5, "kind=reserved,worker=0": 7}
     assert found["inpaint_gpu_busy_ratio"] == {"worker=0": 0.75}
     assert found["process_open_fds"][""] > 0
+
+
+def test_the_first_event_is_a_change() -> None:
+    """A counter's series is there at 0 before its first event, or alerts on an increase would miss that one."""
+    found = samples(Metrics())
+    assert found["inpaint_failed_total"]["reason=nan_output"] == 0
+    assert found["inpaint_failed_total"]["reason=out_of_memory"] == 0
+    assert found["inpaint_rejected_total"]["reason=overloaded"] == 0
+    assert found["inpaint_cancelled_total"]["reason=disconnect"] == 0
+    metrics = Metrics()
+    metrics.worker_ready("0", READY)
+    assert samples(metrics)["inpaint_worker_restarts_total"] == {"worker=0": 0}
+    assert samples(metrics)["inpaint_stepping_seconds_total"] == {"worker=0": 0}
 
 
 def test_cap_on_running_images_is_the_latest() -> None:
@@ -118,7 +138,7 @@ def test_labels_have_few_values() -> None:
         metrics.observe_tick("0", Ticked(rows, rows, 0.1, 64, 1.0, {}, ()))
         metrics.cancelled(f"because {rows}")
     assert len(samples(metrics)["inpaint_step_seconds_count"]) == 9
-    assert samples(metrics)["inpaint_cancelled_total"] == {"reason=other": 299}
+    assert counted(samples(metrics)["inpaint_cancelled_total"]) == {"reason=other": 299}
 
 
 def test_two_services_share_no_numbers() -> None:
