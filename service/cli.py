@@ -47,8 +47,9 @@ def _serve(options: Mapping[str, Any]) -> int:
 
 
 def _inpaint(options: Mapping[str, Any]) -> int:
-    from service.client.command import Command, run  # noqa: PLC0415 - as above
+    from service.client.command import Command  # noqa: PLC0415 - as above
     from service.client.failures import WrongUsage  # noqa: PLC0415
+    from service.client.run import run  # noqa: PLC0415
 
     texts = {name: options[name] for name in options["text_fields"] if options[name] is not None}
     environment = client_environment()

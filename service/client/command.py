@@ -1,13 +1,9 @@
-"""`inpaint-service inpaint`: what was asked for, and who does it."""
+"""`inpaint-service inpaint`: what was asked for."""
 
-import asyncio
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from service.client.exit_status import ExitStatus
-from service.client.failures import WrongUsage
 
 IMAGE, MASK = "image", "mask"
 
@@ -49,29 +45,3 @@ class Command:
     def shows_progress(self) -> bool:
         """Whether somebody looks."""
         return not self.quiet and sys.stderr.isatty()
-
-
-def run(command: Command) -> ExitStatus:
-    """Paint.
-
-    Raises:
-        WrongUsage: Nothing was sent.
-        KeyboardInterrupt: The user does not want it any more; what has not been sent a key is cancelled.
-    """
-    _check_texts(command.fields)
-    if command.is_folder:
-        from service.client.folder import paint_folder  # noqa: PLC0415 - either of the two
-
-        return asyncio.run(paint_folder(command))
-    from service.client.single import paint_single  # noqa: PLC0415 - either of the two
-
-    return asyncio.run(paint_single(command))
-
-
-def _check_texts(fields: Mapping[str, str]) -> None:
-    """What a terminal sends in another encoding than it says cannot be sent on."""
-    for name, text in fields.items():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise WrongUsage(f"--{name.replace('_', '-')} is not valid text") from None

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import ROOT, WAIT_MS
+from tests.browser.conftest import WAIT_MS
+from tests.bundled_service import ROOT
 
 EXAMPLE = ROOT / "service/api/playground/example"
 

@@ -48,7 +48,7 @@ def test_policy_lets_nothing_in_from_elsewhere(server: LiveServer) -> None:
         "default-src": "'none'",
         "script-src": "'self'",
         "style-src": "'self'",
-        "img-src": "'self' data: blob:",
+        "img-src": "'self' blob: data:",
         "connect-src": "'self'",
         "base-uri": "'none'",
         "form-action": "'none'",

@@ -90,7 +90,7 @@ def test_headers_bind_the_browser(server: LiveServer, path: str) -> None:
 def test_unchanged_files_are_not_sent_again(server: LiveServer, path: str) -> None:
     """A browser asks each time, and gets 304 without a body for what it has, and the file for anything else."""
     first = server.client.get(path)
-    assert first.headers["Cache-Control"] == "no-cache"
+    assert first.headers["Cache-Control"] == "private, no-cache"
     tag = first.headers["ETag"]
 
     for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
