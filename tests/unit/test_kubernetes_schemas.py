@@ -106,18 +106,19 @@ def rendered(folder: Path) -> list[Document]:
     return list(yaml.safe_load_all(run.stdout))
 
 
-@pytest.fixture(params=[*OVERLAYS, *(f"cpu with {name}" for name in COMPONENTS)])
-def documents(request: pytest.FixtureRequest, tmp_path: Path) -> list[Document]:
+@pytest.fixture(scope="module", params=[*OVERLAYS, *(f"cpu with {name}" for name in COMPONENTS)])
+def documents(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Document]:
     """An overlay as it is, or the one for CPUs, which has no components, with one of them."""
     overlay, _, component = request.param.partition(" with ")
     if not component:
         return rendered(FOLDER / "overlays" / overlay)
+    folder = tmp_path_factory.mktemp(component)
     kustomization = {
-        "resources": [os.path.relpath(FOLDER / "overlays" / overlay, tmp_path)],
-        "components": [os.path.relpath(FOLDER / "components" / component, tmp_path)],
+        "resources": [os.path.relpath(FOLDER / "overlays" / overlay, folder)],
+        "components": [os.path.relpath(FOLDER / "components" / component, folder)],
     }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), encoding="utf-8")
-    return rendered(tmp_path)
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), encoding="utf-8")
+    return rendered(folder)
 
 
 def test_rendered_manifests_are_valid(documents: list[Document]) -> None:
