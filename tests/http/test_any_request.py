@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode, checks
 from schemathesis.core.result import Ok
@@ -15,10 +15,9 @@ from service.api.fields import InpaintFields
 from service.api.forms import FILES
 from tests.http.serving import BOUNDARY, CLOSING, LiveServer, check_problem, part, png, scene, serving, square_mask
 
-FORMS = ("/v1/inpaint", "/sdapi/v1/img2img")
 FIELDS = (*FILES, *InpaintFields.model_fields)
 
-FORMS = ("/v1/inpaint", "/v1/images/edits")
+FORMS = ("/v1/inpaint", "/v1/images/edits", "/sdapi/v1/img2img")
 
 # A run is the same every time and on every machine, and takes a bounded number of requests.
 bounded = settings(
@@ -111,6 +110,20 @@ def operations(server: LiveServer) -> list[APIOperation]:
     return [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
 
 
+@st.composite
+def cases(draw: st.DrawFn, operation: APIOperation, mode: GenerationMode) -> Case:
+    """Requests of an operation, but for those in the making of which schemathesis fails.
+
+    It has some wrong values with files in them looked at by a library that knows no files.
+    """
+    try:
+        return draw(operation.as_strategy(generation_mode=mode))
+    except ValueError as error:
+        if str(error) != "Unsupported type: 'Binary'":
+            raise
+        reject()
+
+
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_answers_are_those_of_the_document(open_server: LiveServer, mode: GenerationMode) -> None:
     """Whatever the document allows, and what it does not, has an answer of a status, type and shape that it names."""
@@ -123,7 +136,7 @@ def test_answers_are_those_of_the_document(open_server: LiveServer, mode: Genera
     for operation in asked:
 
         @settings(bounded, max_examples=150 if operation.path in FORMS else 30)
-        @given(case=operation.as_strategy(generation_mode=mode))
+        @given(case=cases(operation, mode))
         def check(case: Case) -> None:
             nonlocal num_cases
             num_cases += 1

@@ -36,7 +36,7 @@ from tests.http.serving import (
     square_mask,
     usual_parts,
 )
-from tests.http.test_any_request import CHECKS, bounded, contents, operations
+from tests.http.test_any_request import CHECKS, bounded, cases, contents, operations
 
 RECORDED = Path(__file__).parent / "recorded" / "stability"
 FACTS = json.loads((RECORDED / "inpaint.json").read_text())
@@ -476,7 +476,7 @@ def test_answers_are_those_of_the_document(server: LiveServer, mode: GenerationM
     num_cases = 0
 
     @settings(bounded, max_examples=60)
-    @given(case=operation.as_strategy(generation_mode=mode))
+    @given(case=cases(operation, mode))
     def check(case: Case) -> None:
         nonlocal num_cases
         num_cases += 1
