@@ -23,7 +23,14 @@ logger = logging.getLogger(__name__)
 _OURS = "service."
 
 # Libraries whose informative lines say nothing that ours do not, or that clients can provoke at will.
-_QUIET = {"uvicorn": logging.WARNING, "uvicorn.error": logging.WARNING, "python_multipart": logging.ERROR}
+_QUIET = {
+    "uvicorn": logging.WARNING,
+    "uvicorn.error": logging.WARNING,
+    "python_multipart": logging.ERROR,
+    # It quotes headers and URLs; but what its queue drops, it says without either.
+    "opentelemetry": logging.CRITICAL,
+    "opentelemetry.sdk": logging.WARNING,
+}
 
 
 def configure_logging(settings: Settings) -> None:
