@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -29,7 +30,7 @@ class Collector(ThreadingHTTPServer):
         self.status = status
         self.hangs = hangs
         self.paths: list[str] = []
-        self.headers: list[dict[str, str]] = []
+        self.headers: list[Message] = []
         self.bodies: list[bytes] = []
 
     @property
@@ -72,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         self.server.paths.append(self.path)
-        self.server.headers.append(dict(self.headers))
+        self.server.headers.append(self.headers)
         self.server.bodies.append(body)
         if self.server.hangs:
             time.sleep(60)
