@@ -5,7 +5,7 @@ recorded here into spans and sends them.
 
 All times are `time.monotonic()`. On Linux that is one clock for all processes of a machine, so a worker's times and
 the API process's go together in one trace. Attributes hold numbers and words of ours: no prompt, picture, key, name
-of a file, or anything else that a client is free to choose, but its request id.
+of a file, or anything else that a client is free to choose, but its request id and `tracestate`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -65,8 +65,9 @@ class AccessLog:
                 status, sending_since = message["status"], time.monotonic()
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = record.request_id
-                if record.spans.traceparent is not None:
-                    headers["traceparent"] = record.spans.traceparent
+                traceparent = record.spans.traceparent
+                if traceparent is not None:
+                    headers["traceparent"] = traceparent
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 record.spans.stage("send", sending_since, time.monotonic())
