@@ -202,7 +202,9 @@ def start(admitted: Admitted, answer_of: Callable[[Painted], Answer]) -> Work:
 
 def replay(request: Request, answer: Answer) -> Response:
     """The first answer as it was, to a request that repeats the first."""
-    record_of(request.scope).replay_of = answer.request_id
+    record = record_of(request.scope)
+    record.replay_of = answer.request_id
+    record.spans.note({"inpaint.replay_of": answer.request_id})
     state_of(request).metrics.replayed()
     return response_of(answer, {"Idempotent-Replayed": "true", "Original-Request": answer.request_id})
 

@@ -459,3 +459,14 @@ def test_a_request_outlasts_its_connection(tmp_path: Path) -> None:
         gate.touch()
         eventually(lambda: "render" in names(service.stages(exchange)))
         assert only(service.stages(exchange), "denoise").end_time > exchange.end_time
+
+
+def test_answers_given_again_name_the_first_request() -> None:
+    """A repeated request has a trace of its own without any painting, and says whose answer it is."""
+    with traced() as service:
+        headers = {"Idempotency-Key": "once"}
+        first, second = service.server.inpaint(headers=headers), service.server.inpaint(headers=headers)
+        assert second.headers["Idempotent-Replayed"] == "true"
+        again = service.exchange(1)
+        assert again.attributes["inpaint.replay_of"] == first.headers["X-Request-Id"]
+        assert names(service.stages(again)) == ["receive", "send"]
