@@ -1,6 +1,7 @@
 """A caller's hold on one admitted request."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from service.engine.clients import ANONYMOUS, Client
 from service.errors import InpaintError
 from service.messages import StepProgress
 from service.request import NO_MOMENTS, InpaintParams, InpaintRequest, InpaintResult
+
+logger = logging.getLogger(__name__)
 
 Outcome = InpaintResult | InpaintError
 
@@ -76,6 +79,7 @@ class Handle:
         # An error is the future's result and not its exception: a caller that
         # went away never asks for it, and asyncio would complain.
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._callbacks: list[Callable[[Outcome], None]] = []
         self._latest: StepProgress | None = None
         self._changed = asyncio.Event()
 
@@ -129,8 +133,8 @@ class Handle:
             self._on_cancel(self, reason)
 
     def when_ended(self, callback: Callable[[Outcome], None]) -> None:
-        """Have something done once there is an outcome, before anybody who waits for `result` goes on."""
-        self._outcome.add_done_callback(lambda outcome: callback(outcome.result()))
+        """Have something done as soon as there is an outcome, before anybody else learns of it."""
+        self._callbacks.append(callback)
 
     # --- for the engine ---------------------------------------------------------
 
@@ -185,6 +189,11 @@ class Handle:
             return False
         self.ended_at = time.monotonic()
         self._outcome.set_result(outcome)
+        for callback in self._callbacks:
+            try:
+                callback(outcome)
+            except Exception:
+                logger.exception("request %s: what was to be done at its end failed", self.request_id)
         if self.deadline_timer is not None:
             self.deadline_timer.cancel()
         self._wake()
