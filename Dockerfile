@@ -22,7 +22,7 @@ RUN python -m venv --without-pip /opt/venv
 COPY pyproject.toml constraints.txt ./
 # An extra index, not the only one: a torch with a local version (2.13.0+cpu) outranks PyPI's.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["tracing"], sep="\n")' \
         > requirements.txt \
     && pip --python /opt/venv/bin/python install ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} \
         -c constraints.txt -r requirements.txt

@@ -29,6 +29,9 @@ _QUIET = {
     "uvicorn.error": logging.WARNING,
     "python_multipart": logging.ERROR,
     "httpx": logging.WARNING,
+    # It quotes headers and URLs; but what its queue drops, it says without either.
+    "opentelemetry": logging.CRITICAL,
+    "opentelemetry.sdk": logging.WARNING,
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from service.errors import ErrorCode
-from service.request import InpaintRequest, InpaintResult, Pixels
+from service.request import NO_MOMENTS, InpaintRequest, InpaintResult, Moments, Pixels
 
 IpAdapterKind = Literal["plain", "full", "plus"]
 
@@ -241,12 +241,16 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A request ended without a picture; `field` is the form field at fault, where there is one."""
+    """A request ended without a picture; `field` is the form field at fault, where there is one.
+
+    `moments` says how far it came.
+    """
 
     request_id: str
     code: ErrorCode
     message: str
     field: str | None = None
+    moments: Moments = NO_MOMENTS
 
 
 @dataclass(frozen=True, slots=True)

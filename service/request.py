@@ -207,6 +207,39 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Moments:
+    """When the stages of one request began and ended in a worker; None for what it did not come to.
+
+    All are `time.monotonic()`, which on Linux is one clock for all processes of a machine. What lies between them is
+    waiting: for a place in the running batch before `joined_at`, for the decoder before `finish_started_at`.
+
+    Attributes:
+        prepare_started_at: Its preparation began.
+        prepared_at: Its first step could begin.
+        joined_at: It joined the running batch.
+        first_step_at: Its first step was done.
+        denoised_at: Its last step was done.
+        finish_started_at: The job began that makes pictures of it.
+        decode_started_at: The decode that it shared began.
+        decoded_at: The decode was done, and the safety check began.
+        checked_at: The safety check was done.
+    """
+
+    prepare_started_at: float | None = None
+    prepared_at: float | None = None
+    joined_at: float | None = None
+    first_step_at: float | None = None
+    denoised_at: float | None = None
+    finish_started_at: float | None = None
+    decode_started_at: float | None = None
+    decoded_at: float | None = None
+    checked_at: float | None = None
+
+
+NO_MOMENTS = Moments()
+
+
+@dataclass(frozen=True, slots=True)
 class InpaintResult:
     """What a worker painted.
 
@@ -217,9 +250,11 @@ class InpaintResult:
         nsfw: One flag per image.
         timings: Seconds by stage.
         mean_images: Mean number of images that shared this request's steps, itself included.
+        moments: When its stages began and ended.
     """
 
     images: Pixels | Floats
     nsfw: tuple[bool, ...]
     timings: Timings
     mean_images: float = field(default=1.0)
+    moments: Moments = NO_MOMENTS

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -24,6 +25,11 @@ CLIENT_VARIABLES = (URL_VARIABLE, KEY_VARIABLE)
 """Of the command-line client; no settings of the service."""
 
 BUNDLED_MODEL = "demo"
+
+OTLP_VARIABLE, OTLP_TRACES_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+"""OpenTelemetry's own."""
+
+_TRACES_PATH = "/v1/traces"
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
@@ -43,6 +49,14 @@ def _require_host_names(names: tuple[str, ...]) -> tuple[str, ...]:
     if not all(_HOST_NAME.fullmatch(name) for name in names):
         raise ValueError("names or addresses without scheme and port; IPv6 addresses in brackets")
     return names
+
+
+def _require_http_url(url: str | None) -> str | None:
+    if url is not None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("an absolute http or https URL")
+    return url
 
 
 CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
@@ -179,6 +193,14 @@ class Settings(BaseModel):
     )
     webhook_secret_file: OptionalPath = Field(None, description="File that holds it instead.")
 
+    # Traces.
+    otlp_endpoint: Annotated[OptionalText, AfterValidator(_require_http_url)] = Field(
+        None,
+        repr=False,
+        description="Send OpenTelemetry traces to this collector, by OTLP over HTTP: http://collector:4318. The "
+        "standard variables OTEL_… are heeded.",
+    )
+
     # Logs.
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level to log.")
     log_format: Literal["auto", "text", "json"] = Field(
@@ -239,6 +261,42 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
     except ValidationError as error:
         faults = "; ".join(f"{setting_label(str(fault['loc'][0]))}: {fault['msg']}" for fault in error.errors())
         raise StartupError(f"invalid settings: {faults}") from None
+
+
+def traces_url(settings: Settings, environ: Mapping[str, str] | None = None) -> str | None:
+    """Where traces are posted to; None for nowhere. Our own setting goes before the standard variables.
+
+    Those are https://opentelemetry.io/docs/specs/otel/protocol/exporter/: of a collector's URL `v1/traces` is a part
+    below, the one for traces alone is whole.
+
+    Args:
+        settings: The operator's settings.
+        environ: The environment to read; the process's own by default.
+
+    Raises:
+        StartupError: A standard variable is no URL.
+    """
+    environ = os.environ if environ is None else environ
+    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    if settings.otlp_endpoint is not None:
+        return _below(settings.otlp_endpoint)
+    if environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none":
+        return None
+    for variable, in_full in ((OTLP_TRACES_VARIABLE, str), (OTLP_VARIABLE, _below)):
+        url = environ.get(variable, "").strip()
+        if url:
+            try:
+                _require_http_url(url)
+            except ValueError:
+                raise StartupError(f"{variable} has to be an absolute http or https URL") from None
+            return in_full(url)
+    return None
+
+
+def _below(endpoint: str) -> str:
+    """Where a collector takes traces."""
+    return endpoint if endpoint.endswith(_TRACES_PATH) else endpoint.rstrip("/") + _TRACES_PATH
 
 
 def client_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -70,7 +70,7 @@ from service.messages import (
     Submit,
     Ticked,
 )
-from service.request import InpaintParams, InpaintRequest, InpaintResult, Timings
+from service.request import InpaintParams, InpaintRequest, InpaintResult, Moments, Timings
 from service.settings import Settings
 
 MODEL = ModelInfo(
@@ -304,7 +304,8 @@ class FakeWorker:
         for generations in (self.waiting, self.running):
             if generation in generations:
                 generations.remove(generation)
-        self.connection.send(Failed(generation.request_id, code, "The request failed."))
+        moments = _moments(generation, None)
+        self.connection.send(Failed(generation.request_id, code, "The request failed.", moments=moments))
 
     def admit(self) -> None:
         """Let the first ones in line join the batch."""
@@ -382,4 +383,11 @@ def _result(generation: Generation) -> InpaintResult:
             time_to_first_step=generation.first_step_at - request.admitted_at,
         ),
         mean_images=sum(generation.batch_images) / len(generation.batch_images),
+        moments=_moments(generation, now),
     )
+
+
+def _moments(generation: Generation, denoised_at: float | None) -> Moments:
+    """Everything but the steps takes no time here."""
+    started_at, first_step_at = generation.started_at or None, generation.first_step_at or None
+    return Moments(started_at, started_at, started_at, first_step_at, *[denoised_at] * 5)

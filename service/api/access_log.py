@@ -9,9 +9,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.problems import CLIENT_CLOSED_REQUEST, internal_error, problem, problem_response
+from service.api.problems import CLIENT_CLOSED_REQUEST, STATUS, internal_error, problem, problem_response
 from service.api.records import ErrorForm, RequestRecord, attach_record, new_record
+from service.errors import ErrorCode
 from service.metrics import Metrics
+from service.spans import NO_TRACING, Exchange, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +33,15 @@ class AccessLog:
         app: What to wrap.
         metrics: Where to count.
         error_forms: How clients of other wire formats are told of errors, by what their paths begin with.
+        tracing: Where each request's trace begins.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, error_forms: Mapping[str, ErrorForm]) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, error_forms: Mapping[str, ErrorForm], tracing: Tracing = NO_TRACING
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
         self._error_forms = error_forms
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,14 +52,25 @@ class AccessLog:
         started_at = time.monotonic()
         record = new_record(Headers(scope=scope), self._error_form(scope["path"]))
         attach_record(scope, record)
+        endpoint = _endpoint(scope)
+        if endpoint not in _QUIET_ENDPOINTS:
+            record.spans = self._tracing.begin(_exchange(scope, endpoint, started_at))
+            record.spans.note({"inpaint.request_id": record.request_id})
         status: int | None = None
+        sending_since = started_at
 
         async def send_named(message: Message) -> None:
-            nonlocal status
+            nonlocal status, sending_since
             if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+                status, sending_since = message["status"], time.monotonic()
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = record.request_id
+                traceparent = record.spans.traceparent
+                if traceparent is not None:
+                    headers["traceparent"] = traceparent
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                record.spans.stage("send", sending_since, time.monotonic())
 
         try:
             await self._app(scope, receive, send_named)
@@ -65,13 +82,13 @@ class AccessLog:
                 response = problem_response(internal_error(), Request(scope))
                 await response(scope, receive, send_named)
         finally:
-            self._note(scope, record, status or CLIENT_CLOSED_REQUEST, time.monotonic() - started_at)
+            self._note(scope, endpoint, record, status or CLIENT_CLOSED_REQUEST, time.monotonic() - started_at)
+            _end_spans(record, status)
 
     def _error_form(self, path: str) -> ErrorForm:
         return next((form for prefix, form in self._error_forms.items() if path.startswith(prefix)), problem)
 
-    def _note(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
-        endpoint = _endpoint(scope)
+    def _note(self, scope: Scope, endpoint: str, record: RequestRecord, status: int, seconds: float) -> None:
         self._metrics.request_done(endpoint, status, seconds)
         fields: dict[str, object] = {
             "request_id": record.request_id,
@@ -91,6 +108,32 @@ class AccessLog:
             fields["mean_images"] = round(record.mean_images, 2)
         level = logging.DEBUG if endpoint in _QUIET_ENDPOINTS else logging.INFO
         logger.log(level, "request", extra={"fields": fields})
+
+
+def _exchange(scope: Scope, endpoint: str, started_at: float) -> Exchange:
+    headers = Headers(scope=scope)
+    return Exchange(
+        method=scope["method"] if scope["method"] in _METHODS else None,
+        route=None if endpoint == UNMATCHED else endpoint,
+        scheme=scope["scheme"],
+        http_version=scope["http_version"],
+        # Two of them say nothing, by the specification; of states there may be several.
+        trace_context={
+            "traceparent": traceparents[0],
+            "tracestate": ",".join(headers.getlist("tracestate")),
+        }
+        if len(traceparents := headers.getlist("traceparent")) == 1
+        else {},
+        started_at=started_at,
+    )
+
+
+def _end_spans(record: RequestRecord, status: int | None) -> None:
+    """What fails after an event stream has begun fails with the status that it would have had."""
+    code = record.code if status is not None else ErrorCode.CANCELLED
+    failed_with = STATUS[ErrorCode(code)] if code is not None else status
+    is_fault = failed_with is not None and failed_with >= CLIENT_CLOSED_REQUEST
+    record.spans.end(status, code, is_fault=is_fault)
 
 
 def _endpoint(scope: Scope) -> str:

@@ -30,6 +30,7 @@ from service.engine.engine import Engine
 from service.errors import InpaintError
 from service.metrics import Metrics
 from service.settings import Settings
+from service.spans import NO_TRACING, Tracing
 
 MAX_PICTURE_THREADS = 8
 MAX_ADAPTER_UPLOADS = 4
@@ -41,13 +42,14 @@ _MIN_GRACE_SECONDS = 1.0
 _MAX_GRACE_SECONDS = 5.0
 
 
-def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
+def create_app(settings: Settings, engine: Engine, metrics: Metrics, tracing: Tracing = NO_TRACING) -> FastAPI:
     """The application; its lifespan starts, drains and stops the engine.
 
     Args:
         settings: The operator's settings.
         engine: Not started yet.
         metrics: Where the engine counts, too.
+        tracing: Where traces of requests begin.
 
     Raises:
         StartupError: The keys cannot be read, or webhooks cannot be sent as is asked for.
@@ -60,6 +62,8 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         redoc_url=None,
         openapi_url=None if settings.docs_access == "off" else OPENAPI_PATH,
         redirect_slashes=False,
+        # FastAPI's own would, where its environment variables ask for it, send queries and messages of exceptions.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         generate_unique_id_function=lambda route: route.name,
         lifespan=_lifespan,
         exception_handlers={
@@ -91,7 +95,7 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         docs.add_routes(app)
     app.add_middleware(Gate, settings=settings, keys=keys, engine=engine)
     app.add_middleware(
-        AccessLog, metrics=metrics, error_forms=wire_formats.ERROR_FORMS
+        AccessLog, metrics=metrics, error_forms=wire_formats.ERROR_FORMS, tracing=tracing
     )  # The last one is the outermost.
     return app
 

@@ -40,13 +40,14 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _CORS_METHODS = "GET, POST, PUT, DELETE"
 _CORS_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, Prefer, Stability-Client-ID, "
-    "Stability-Client-User-ID, Stability-Client-Version, X-API-Key, X-Request-Id, X-Webhook-URL"
+    "Stability-Client-User-ID, Stability-Client-Version, X-API-Key, X-Request-Id, X-Webhook-URL, traceparent, "
+    "tracestate"
 )
 # OpenAI's libraries send ever more of them, of no use to us; in browsers they work only where all are allowed.
 _CORS_CLIENT_HEADER = re.compile(r"(x-stainless|openai)-[a-z0-9-]{1,64}")
 _CORS_EXPOSED = (
     "Content-Disposition, ETag, Finish-Reason, Idempotent-Replayed, Location, Original-Request, Preference-Applied, "
-    "Retry-After, Seed, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, X-Should-Retry"
+    "Retry-After, Seed, Server-Timing, X-NSFW-Content-Detected, X-Request-Id, X-Seed, X-Should-Retry, traceparent"
 )
 _CORS_MAX_AGE_SECONDS = 600
 

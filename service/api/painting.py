@@ -37,11 +37,13 @@ from service.api.pictures import (
 from service.api.records import RequestRecord, record_of
 from service.api.state import ServiceState, state_of
 from service.api.tensors import TENSORS
+from service.api.traces import StageClock, order_attributes, spanning, trace_painting
 from service.api.work import Work
 from service.engine.engine import Handle
 from service.imaging import ImageFormat, MaskChannel
 from service.messages import ModelInfo
 from service.request import InpaintParams, InpaintResult, LoraUse, Pixels
+from service.spans import RequestSpans
 
 Body = Sequence[Part] | bytes
 """A body that was read to its end: the parts of a form, or what else it is."""
@@ -117,12 +119,13 @@ async def admit(
         InpaintError: It is refused.
     """
     started_at = time.monotonic()
-    state, client = state_of(request), record_of(request.scope).client
+    state, client, spans = state_of(request), record_of(request.scope).client, record_of(request.scope).spans
     name = request_name(request)
     if name is None or not state.kept_answers.is_known(name):  # A repeated request needs no place in the queue.
         state.engine.check_room(client)
     with state.intake.place(client):
-        body = await read()
+        with spanning(spans, "receive", spans.started_at):
+            body = await read()
         claim = None
         if name is not None:
             digest = await state.in_thread(lambda: body_digest(request.url.path, body))
@@ -132,7 +135,7 @@ async def admit(
             claim = found
         try:
             model = state.model
-            prepared = await state.in_thread(lambda: _prepare(translate(body, model), state, model))
+            prepared = await state.in_thread(lambda: _prepare(translate(body, model), state, model, spans))
             return _submit(request, state, prepared, claim, started_at)
         except BaseException:
             if claim is not None:
@@ -140,14 +143,14 @@ async def admit(
             raise
 
 
-def _prepare(order: Order, state: ServiceState, model: ModelInfo) -> _Prepared:
+def _prepare(order: Order, state: ServiceState, model: ModelInfo, spans: RequestSpans) -> _Prepared:
     """Find the LoRAs, decode and fit. In a thread: files are looked for, and pictures take a while."""
     loras = resolve_loras(order.form.fields.loras, state.engine.adapters)
     canvas = prepare_canvas(
         order.form,
         model,
         state.settings.max_pixels,
-        state.metrics,
+        StageClock(state.metrics, spans),
         mask_channel=order.mask_channel,
         shaping=order.shaping,
     )
@@ -176,6 +179,8 @@ def _submit(
         request_id=record.request_id,
         client=record.client,
     )
+    record.spans.note(order_attributes(params))
+    handle.when_ended(lambda outcome: trace_painting(record.spans, handle, outcome))
     order = replace(prepared.order, form=prepared.order.form.without_files())
     return Admitted(record, state, order, params, canvas, handle, claim, started_at)
 
@@ -197,7 +202,9 @@ def start(admitted: Admitted, answer_of: Callable[[Painted], Answer]) -> Work:
 
 def replay(request: Request, answer: Answer) -> Response:
     """The first answer as it was, to a request that repeats the first."""
-    record_of(request.scope).replay_of = answer.request_id
+    record = record_of(request.scope)
+    record.replay_of = answer.request_id
+    record.spans.note({"inpaint.replay_of": answer.request_id})
     state_of(request).metrics.replayed()
     return response_of(answer, {"Idempotent-Replayed": "true", "Original-Request": answer.request_id})
 
@@ -236,6 +243,7 @@ async def rendered(admitted: Admitted, result: InpaintResult) -> Painted:
     now = time.monotonic()
     sent = [name for name in TENSORS if getattr(admitted.canvas.tensors, name) is not None]
     state.metrics.observe_stage("render", now - started_at)
+    record.spans.stage("render", started_at, now)
     timings = stage_timings(result, now - started_at, now - admitted.started_at)
     record.stages.update(timings.model_dump(exclude={"total"}))
     record.mean_images = result.mean_images

@@ -1,6 +1,5 @@
 """From uploaded files to what a worker paints on, and from what it painted to files. Both run in a thread."""
 
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,11 +10,11 @@ from service.api.forms import InpaintForm
 from service.api.ip_adapter import IMAGE
 from service.api.problems import Fault, InvalidRequest
 from service.api.tensors import TensorChecks
+from service.api.traces import StageClock
 from service.errors import ErrorCode
 from service.fitting import Fitted, Reshape, Size
 from service.imaging import ARRAY_MEDIA_TYPE, MEDIA_TYPES, ImageFormat, MaskChannel, Upload
 from service.messages import ModelInfo
-from service.metrics import Metrics
 from service.request import REPAINT_FROM, Floats, InpaintResult, InpaintTensors, NsfwPolicy, Pixels
 
 PREVIEW_FORMAT: ImageFormat = "jpeg"
@@ -100,7 +99,7 @@ def prepare_canvas(
     form: InpaintForm,
     model: ModelInfo,
     max_pixels: int,
-    metrics: Metrics,
+    clock: StageClock,
     *,
     mask_channel: MaskChannel = "luminance",
     shaping: Shaping = DEFAULT_SHAPING,
@@ -111,21 +110,27 @@ def prepare_canvas(
         form: What the client sent, with the format that is answered.
         model: The served model.
         max_pixels: Largest picture to decode.
-        metrics: Where to count.
+        clock: Times decoding and fitting.
         mask_channel: What of the mask's file says where to repaint.
         shaping: What else is done to the picture.
 
     Raises:
         InpaintError: The files cannot be used; `field` names the one at fault.
     """
-    fields = form.fields
     _require_something_to_paste_into(form)
-    started_at = time.monotonic()
-    upload = imaging.decode_upload(form.image, form.mask, max_pixels=max_pixels, mask_channel=mask_channel)
-    ip_adapter_image = None
-    if form.ip_adapter_image is not None:
-        ip_adapter_image = imaging.decode_picture(form.ip_adapter_image, IMAGE, max_pixels=max_pixels)
-    decoded_at = time.monotonic()
+    with clock.time("decode"):
+        upload = imaging.decode_upload(form.image, form.mask, max_pixels=max_pixels, mask_channel=mask_channel)
+        ip_adapter_image = None
+        if form.ip_adapter_image is not None:
+            ip_adapter_image = imaging.decode_picture(form.ip_adapter_image, IMAGE, max_pixels=max_pixels)
+    with clock.time("fit"):
+        return _fit(upload, form, model, shaping, ip_adapter_image)
+
+
+def _fit(
+    upload: Upload, form: InpaintForm, model: ModelInfo, shaping: Shaping, ip_adapter_image: Pixels | None
+) -> Canvas:
+    fields = form.fields
     if shaping.reshape is not None:
         upload = _reshaped(upload, shaping.reshape)
     mask = imaging.shape_mask(upload.mask, invert=fields.mask_invert, grow=fields.mask_grow, blur=fields.mask_blur)
@@ -147,8 +152,6 @@ def prepare_canvas(
         raise InvalidRequest(tuple(faults))
     size = fitting.result_size(fitted.placement, composite=fields.composite)
     imaging.require_encodable(fields.output_format, size.height, size.width)
-    metrics.observe_stage("decode", decoded_at - started_at)
-    metrics.observe_stage("fit", time.monotonic() - decoded_at)
     return Canvas(upload, mask, fitted, InpaintTensors(**form.embeds, **latents), ip_adapter_image)
 
 

@@ -11,6 +11,7 @@ from starlette.types import Scope
 
 from service.engine.clients import ANONYMOUS, Client
 from service.errors import InpaintError
+from service.spans import NO_SPANS, RequestSpans
 
 ErrorForm = Callable[[InpaintError, str], Response]
 """Says an error in one wire format's own way; called with the request's id."""
@@ -30,6 +31,7 @@ class RequestRecord:
         stages: Seconds by stage.
         mean_images: Mean number of images in the batch that it ran in; None if it ran in none.
         replay_of: The id of the request whose answer was given again.
+        spans: Its trace.
     """
 
     request_id: str
@@ -39,6 +41,7 @@ class RequestRecord:
     stages: dict[str, float] = field(default_factory=dict)
     mean_images: float | None = None
     replay_of: str | None = None
+    spans: RequestSpans = NO_SPANS
 
 
 def new_record(headers: Headers, error_form: ErrorForm) -> RequestRecord:

@@ -20,7 +20,8 @@ from service.engine.engine import WORKER_TARGET, Engine
 from service.errors import StartupError
 from service.logs import log_loop_error
 from service.metrics import Metrics
-from service.settings import Settings
+from service.settings import Settings, traces_url
+from service.spans import NO_TRACING, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ _ACCEPTED_AT_ONCE = 2
 # Of the drain time, what is left for sending the last answers once they are there.
 _SENDING_SECONDS = 2.0
 
+# What the last spans may take of it.
+_FLUSHING_SECONDS = 5.0
+
 
 def serve(settings: Settings, *, worker_target: str = WORKER_TARGET) -> int:
     """Serve until told to stop.
@@ -52,12 +56,31 @@ def serve(settings: Settings, *, worker_target: str = WORKER_TARGET) -> int:
     Raises:
         StartupError: A port is taken, a folder cannot be used, or no worker can start.
     """
+    tracing = _tracing(settings)
     with contextlib.ExitStack() as sockets:
         listener = sockets.enter_context(listen(settings.host, settings.port))
         metrics_listener = None
         if settings.metrics_port is not None:
             metrics_listener = sockets.enter_context(listen(settings.host, settings.metrics_port))
-        return asyncio.run(_serve(settings, worker_target, listener, metrics_listener))
+        return asyncio.run(_serve(settings, worker_target, listener, metrics_listener, tracing))
+
+
+def _tracing(settings: Settings) -> Tracing:
+    """Tracing, where it is asked for: only then is OpenTelemetry's SDK loaded.
+
+    Raises:
+        StartupError: Its packages are missing, or its variables do not fit.
+    """
+    url = traces_url(settings)
+    if url is None:
+        return NO_TRACING
+    try:
+        from service.tracing import open_tracing  # noqa: PLC0415 - see above
+    except ImportError:
+        raise StartupError(
+            "an OTLP endpoint is set, and the packages for tracing are missing: pip install 'inpaint-service[tracing]'"
+        ) from None
+    return open_tracing(url)
 
 
 def server_config(app: ASGIApp, *, has_lifespan: bool = True) -> uvicorn.Config:
@@ -106,6 +129,13 @@ class Server(HttpServer):
         self._engine = engine
         self._drain_seconds = drain_seconds
         self._stopping: list[asyncio.Task[None]] = []
+        self._end_at: float | None = None
+
+    def seconds_left(self, most: float) -> float:
+        """Of the drain time, but no more than `most`; that, where nothing was drained."""
+        if self.is_forced:
+            return 0.0
+        return most if self._end_at is None else max(0.0, min(most, self._end_at - time.monotonic()))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -124,7 +154,7 @@ class Server(HttpServer):
         self._stopping.append(asyncio.ensure_future(stop()))
 
     async def _drain(self) -> None:
-        end_at = time.monotonic() + self._drain_seconds
+        end_at = self._end_at = time.monotonic() + self._drain_seconds
         await self._engine.drain(self._drain_seconds - min(_SENDING_SECONDS, self._drain_seconds / 2))
         self.config.timeout_graceful_shutdown = max(1, ceil(end_at - time.monotonic() - 1))
         self.should_exit = True
@@ -145,13 +175,17 @@ class _MetricsServer(HttpServer):
 
 
 async def _serve(
-    settings: Settings, worker_target: str, listener: socket.socket, metrics_listener: socket.socket | None
+    settings: Settings,
+    worker_target: str,
+    listener: socket.socket,
+    metrics_listener: socket.socket | None,
+    tracing: Tracing,
 ) -> int:
     asyncio.get_running_loop().set_exception_handler(log_loop_error)
     metrics = Metrics()
     engine = Engine(settings, metrics, worker_target=worker_target)
     engine.adapters.prepare()
-    server = Server(server_config(create_app(settings, engine, metrics)), engine, settings.drain_timeout)
+    server = Server(server_config(create_app(settings, engine, metrics, tracing)), engine, settings.drain_timeout)
     logger.info(
         "inpaint-service %s listens on %s and loads %s",
         __version__,
@@ -166,6 +200,7 @@ async def _serve(
         logger.info("metrics are on %s/metrics", _url(metrics_listener))
 
     await server.serve(sockets=[listener])
+    await tracing.close(server.seconds_left(_FLUSHING_SECONDS))
 
     if side is not None:
         metrics_server.should_exit = metrics_server.force_exit = True

@@ -1,23 +1,47 @@
 """A caller's hold on one admitted request."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from math import ceil
 
 from service.engine.clients import ANONYMOUS, Client
 from service.errors import InpaintError
 from service.messages import StepProgress
-from service.request import InpaintParams, InpaintRequest, InpaintResult
+from service.request import NO_MOMENTS, InpaintParams, InpaintRequest, InpaintResult
+
+logger = logging.getLogger(__name__)
 
 Outcome = InpaintResult | InpaintError
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One stay of a request in a worker.
+
+    Attributes:
+        worker: The worker's name.
+        queued_at: `time.monotonic()` when the request began to wait for it.
+        sent_at: When it was sent there.
+        steps_done: Steps that the worker has told of.
+        lost_at: When the worker was lost with it; None if it was not.
+    """
+
+    worker: str
+    queued_at: float
+    sent_at: float
+    steps_done: int = 0
+    lost_at: float | None = None
 
 
 class Handle:
     """One admitted request, until its one outcome and after.
 
-    Callers use `request_id`, `position`, `latest`, `eta_seconds`, `result`, `progress`, `changed` and `cancel`; the
-    rest is the engine's. Everything happens on the event loop.
+    Callers use `request_id`, `position`, `latest`, `eta_seconds`, `result`, `progress`, `changed`, `cancel` and
+    `when_ended`, and may look at `attempts`, `moments` and `ended_at`; the rest is the engine's. Everything happens on
+    the event loop.
 
     Args:
         request_id: The caller's name for it; need not be unique.
@@ -44,12 +68,19 @@ class Handle:
         self.client = client
         self.num_losses = 0
         """How often a worker died with it; after the first time it is a *suspect*."""
+        self.attempts: list[Attempt] = []
+        """Its stays in workers, in order."""
+        self.moments = NO_MOMENTS
+        """How far it came in the last of them, as far as that worker has told."""
+        self.ended_at: float | None = None
+        """`time.monotonic()` of its outcome; None before."""
         self.deadline_timer: asyncio.TimerHandle | None = None
         self._position_of = position_of
         self._on_cancel = on_cancel
         # An error is the future's result and not its exception: a caller that
         # went away never asks for it, and asyncio would complain.
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._callbacks: list[Callable[[Outcome], None]] = []
         self._latest: StepProgress | None = None
         self._latest_at = 0.0
         self._first: tuple[int, float] | None = None  # Step and time; the start again after a lost worker.
@@ -123,6 +154,10 @@ class Handle:
         if not self.is_ended:
             self._on_cancel(self, reason)
 
+    def when_ended(self, callback: Callable[[Outcome], None]) -> None:
+        """Have something done as soon as there is an outcome, before anybody else learns of it."""
+        self._callbacks.append(callback)
+
     # --- for the engine ---------------------------------------------------------
 
     @property
@@ -145,10 +180,25 @@ class Handle:
         """Seconds since its admission."""
         return time.monotonic() - self.request.admitted_at
 
+    @property
+    def queued_at(self) -> float:
+        """When it began to wait for a worker: at its admission, or when one was lost."""
+        lost_at = self.attempts[-1].lost_at if self.attempts else None
+        return self.request.admitted_at if lost_at is None else lost_at
+
+    def sent(self, worker_name: str) -> None:
+        """It goes to a worker."""
+        self.attempts.append(Attempt(worker_name, self.queued_at, time.monotonic()))
+
+    def lost(self) -> None:
+        """Its worker is gone."""
+        self.attempts[-1].lost_at = time.monotonic()
+
     def advance(self, progress: StepProgress) -> None:
         """The worker has done another step; a preview stays until there is a newer one."""
         if self.is_ended:
             return
+        self.attempts[-1].steps_done = progress.step
         preview = progress.preview
         if preview is None and self._latest is not None and self._latest.step < progress.step:
             preview = self._latest.preview
@@ -162,7 +212,13 @@ class Handle:
         """Set the one outcome; False if there is one already."""
         if self.is_ended:
             return False
+        self.ended_at = time.monotonic()
         self._outcome.set_result(outcome)
+        for callback in self._callbacks:
+            try:
+                callback(outcome)
+            except Exception:
+                logger.exception("request %s: what was to be done at its end failed", self.request_id)
         if self.deadline_timer is not None:
             self.deadline_timer.cancel()
         self._wake()

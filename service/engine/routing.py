@@ -12,6 +12,7 @@ from service.engine.supervisor import Worker
 from service.errors import ErrorCode, InpaintError
 from service.messages import Cancel, Failed, Finished, Report, StepProgress, Submit, Ticked
 from service.metrics import Metrics
+from service.request import NO_MOMENTS, Moments
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Router:
                 return
             handle, load = taken
             load.add(handle)
+            handle.sent(workers[load].name)
             try:
                 workers[load].send(Submit(handle.key, handle.request))
             except Exception:
@@ -114,13 +116,14 @@ class Router:
                 if any(progress.step >= progress.steps for progress in report.progress):
                     self.dispatch()  # Their places are free, though they have no answer yet.
             case Finished(key, result):
-                self._on_answer(load, key, result)
-            case Failed(key, code, message, field):
-                self._on_answer(load, key, InpaintError(code, message, field=field))
+                self._on_answer(load, key, result, result.moments)
+            case Failed(key, code, message, field, moments):
+                self._on_answer(load, key, InpaintError(code, message, field=field), moments)
 
-    def _on_answer(self, load: Load, key: str, outcome: Outcome) -> None:
+    def _on_answer(self, load: Load, key: str, outcome: Outcome, moments: Moments = NO_MOMENTS) -> None:
         handle = load.remove(key)
         if handle is not None:
+            handle.moments = moments
             self._end(handle, outcome)
             self.dispatch()
 
@@ -135,6 +138,7 @@ class Router:
         waited_for = [handle for handle in load.handles() if not handle.is_ended]
         for handle in waited_for:
             handle.num_losses += are_suspect
+            handle.lost()
         again = [handle for handle in waited_for if handle.num_losses < MAX_LOSSES]
         if waited_for:
             logger.warning(

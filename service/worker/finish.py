@@ -85,7 +85,7 @@ class Finisher:
             else:
                 pictures[index] = [picture for picture in own if picture is not None]
         checked = self._check({index: [picture.pixels for picture in own] for index, own in pictures.items()})
-        safety_seconds = time.monotonic() - decoded_at
+        checked_at = time.monotonic()
         for index, flags in checked.items():
             if isinstance(flags, InpaintError):
                 results[index] = flags
@@ -93,7 +93,7 @@ class Finisher:
             images = _images(generations[index], pictures[index], outputs[index])
             if self._nsfw_policy == "black":
                 images[np.array(flags)] = 0
-            results[index] = Finish(images, flags, decoded_at - started_at, safety_seconds)
+            results[index] = Finish(images, flags, started_at, decoded_at, checked_at)
         return [results[index] for index in range(len(generations))]
 
     def preview(self, slots: Sequence[Slot]) -> list[Pixels | None]:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
@@ -31,7 +31,7 @@ from service.messages import (
     Submit,
     Ticked,
 )
-from service.request import InpaintResult, Pixels, Timings
+from service.request import InpaintResult, Moments, Pixels, Timings
 from service.worker.attempts import Attempt, as_inpaint_error, attempt
 from service.worker.background import InlineJobs, Jobs, Lane
 from service.worker.batcher import Batcher, Generation
@@ -296,7 +296,9 @@ class Worker:
 
     def _fail(self, generation: Generation, error: InpaintError) -> None:
         """It ends without a picture."""
-        self._end(generation, Failed(generation.request_id, error.code, error.message, error.field))
+        self._end(
+            generation, Failed(generation.request_id, error.code, error.message, error.field, _moments(generation))
+        )
 
     def _end(self, generation: Generation, answer: Finished | Failed) -> None:
         """The one place where a generation ends; whatever a job makes of it later is dropped."""
@@ -327,9 +329,27 @@ def _result(generation: Generation, finish: Finish, finish_started_at: float) ->
             + (finish_started_at - generation.denoised_at),
             prepare=generation.prepared_at - generation.prepare_started_at,
             denoise=generation.denoised_at - generation.joined_at,
-            vae_decode=finish.vae_decode_seconds,
-            safety=finish.safety_seconds,
+            vae_decode=finish.decoded_at - finish.decode_started_at,
+            safety=finish.checked_at - finish.decoded_at,
             time_to_first_step=generation.first_step_at - admitted_at,
         ),
         mean_images=generation.shared_images / generation.steps_done,
+        moments=replace(
+            _moments(generation),
+            finish_started_at=finish_started_at,
+            decode_started_at=finish.decode_started_at,
+            decoded_at=finish.decoded_at,
+            checked_at=finish.checked_at,
+        ),
+    )
+
+
+def _moments(generation: Generation) -> Moments:
+    """How far it came, up to its last step; what it did not come to is 0 there."""
+    return Moments(
+        prepare_started_at=generation.prepare_started_at or None,
+        prepared_at=generation.prepared_at or None,
+        joined_at=generation.joined_at or None,
+        first_step_at=generation.first_step_at or None,
+        denoised_at=generation.denoised_at or None,
     )

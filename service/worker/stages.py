@@ -17,14 +17,16 @@ class Finish:
     Attributes:
         images: As in `InpaintResult`.
         nsfw: One flag per image.
-        vae_decode_seconds: Time of the decode that it shared.
-        safety_seconds: Time of the safety check that it shared.
+        decode_started_at: `time.monotonic()` when the decode that it shared began.
+        decoded_at: When that was done, and the safety check that it shared began.
+        checked_at: When the safety check was done.
     """
 
     images: Pixels | Floats
     nsfw: tuple[bool, ...]
-    vae_decode_seconds: float
-    safety_seconds: float
+    decode_started_at: float
+    decoded_at: float
+    checked_at: float
 
 
 class Pipeline(Protocol):

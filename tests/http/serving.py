@@ -22,6 +22,7 @@ from service.api.state import ServiceState
 from service.engine.engine import Engine
 from service.metrics import Metrics
 from service.settings import Settings, load_settings
+from service.spans import NO_TRACING, Tracing
 
 _T = TypeVar("_T")
 
@@ -82,12 +83,14 @@ class LiveServer:
 
 
 @contextmanager
-def serving(*, wait_ready: bool = True, **overrides: Any) -> Iterator[LiveServer]:
+def serving(*, wait_ready: bool = True, tracing: Tracing = NO_TRACING, **overrides: Any) -> Iterator[LiveServer]:
     """Serve with these settings until the block ends."""
     settings = load_settings({"model": "fake", "devices": "cpu", "drain_timeout": 5.0, **overrides}, environ={})
     box: dict[str, Any] = {}
     is_up = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(settings, wait_ready, box, is_up)), daemon=True)
+    thread = threading.Thread(
+        target=lambda: asyncio.run(_serve(settings, wait_ready, tracing, box, is_up)), daemon=True
+    )
     thread.start()
     assert is_up.wait(timeout=30), "the server did not start"
     if "error" in box:
@@ -102,11 +105,13 @@ def serving(*, wait_ready: bool = True, **overrides: Any) -> Iterator[LiveServer
         assert not thread.is_alive(), "the server did not stop"
 
 
-async def _serve(settings: Settings, wait_ready: bool, box: dict[str, Any], is_up: threading.Event) -> None:
+async def _serve(
+    settings: Settings, wait_ready: bool, tracing: Tracing, box: dict[str, Any], is_up: threading.Event
+) -> None:
     metrics = Metrics()
     engine = Engine(settings, metrics, worker_target=FAKE_WORKER)
     engine.adapters.prepare()
-    app = create_app(settings, engine, metrics)
+    app = create_app(settings, engine, metrics, tracing)
     config = server_config(app)
     config.timeout_graceful_shutdown = 2
     server = HttpServer(config)

@@ -25,6 +25,7 @@ import httpx
 import pytest
 from PIL import Image, PngImagePlugin
 
+from tests.http.collector import collecting
 from tests.http.receiver import Receiver, receiving
 from tests.http.serving import (
     CLOSING,
@@ -71,14 +72,14 @@ def test_traces_are_found() -> None:
 
 
 @contextlib.contextmanager
-def served(folder: Path, log_format: str, *flags: str) -> Iterator["Sender"]:
+def served(folder: Path, log_format: str, *flags: str, **variables: str) -> Iterator["Sender"]:
     """Requests to a `serve` with keys that writes all it has to say into a file."""
     written = folder / "written"
     keys = f"shop={CLIENT},hashed=sha256:{hashlib.sha256(HASHED.encode()).hexdigest()}"
     arguments = ["--port", "0", "--devices", "cpu", "--log-level", "debug", "--log-format", log_format]
     arguments += ["--model", f"fake?gate={folder / 'gate'}", "--lora-dir", str(folder / "loras")]
     arguments += ["--allowed-hosts", "127.0.0.1,localhost", *flags]
-    environment = {**os.environ, "INPAINT_API_KEYS": keys, "INPAINT_ADMIN_KEYS": f"root={ADMIN}"}
+    environment = {**os.environ, "INPAINT_API_KEYS": keys, "INPAINT_ADMIN_KEYS": f"root={ADMIN}", **variables}
     with written.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.http.serve_fake", "serve", *arguments],
@@ -317,3 +318,24 @@ def test_nothing_of_a_request_is_logged_counted_or_answered(tmp_path: Path, log_
     assert traces(metrics) == []
     assert len(sender.failures) > 40
     assert [found for failure in sender.failures for found in traces(failure)] == []
+
+
+def test_nothing_of_a_request_is_in_a_trace(tmp_path: Path) -> None:
+    """Nor in any byte that is sent to a collector, nor logged for it; and FastAPI sends none of its own beside ours."""
+    (tmp_path / "loras").mkdir()
+    variables = {"OTEL_BSP_SCHEDULE_DELAY": "100", "FASTAPI_OTEL_AUTO_CONFIGURE": "true"}
+    with collecting() as collector:
+        with served(tmp_path, "json", OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, **variables) as sender:
+            send_good(sender)
+            send_bad(sender)
+            send_refused(sender)
+            send_failing(sender)
+            context = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01", "tracestate": f"{MARK} is no state"}
+            assert sender.send("GET", "/v1/models", headers=context) == 200
+            assert sender.send("GET", "/v1/models", headers={**context, "baggage": f"{MARK}={MARK}"}) == 200
+        bodies = list(collector.bodies)
+        assert set(collector.paths) == {"/v1/traces"}
+        assert bytes.fromhex("ab" * 16) in collector.traces()
+        assert len(collector.traces()) > 40
+    assert [found for body in bodies for found in traces(body.decode("latin-1"))] == []
+    assert traces((tmp_path / "written").read_text()) == []

@@ -23,6 +23,27 @@ def test_answers_are_not_mixed_up(run: Run) -> None:
     run(main)
 
 
+def test_what_is_done_at_the_end_of_a_request_cannot_harm_it(run: Run) -> None:
+    """What fails when a request has its outcome, such as its trace, costs neither the outcome nor other requests."""
+
+    async def main() -> None:
+        async with running() as client:
+            handles = [client.submit(number) for number in range(3)]
+            ends = []
+
+            def fail(outcome: object) -> None:
+                ends.append(outcome)
+                raise ValueError
+
+            for handle in handles:
+                handle.when_ended(fail)
+            await asyncio.gather(*map(client.assert_right, handles))
+            assert len(ends) == 3
+            assert await client.engine.drain(30)
+
+    run(main)
+
+
 def test_two_workers_share_the_work(run: Run, gate: Gate) -> None:
     """Work goes to the worker with the least to do."""
 

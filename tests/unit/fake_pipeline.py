@@ -129,7 +129,9 @@ class FakePipeline:
         """Grey pictures."""
         self._enter("finish", generations)
         return [
-            Finish(np.stack([generation.request.image] * generation.num_images), (False,) * generation.num_images, 0, 0)
+            Finish(
+                np.stack([generation.request.image] * generation.num_images), (False,) * generation.num_images, 0, 0, 0
+            )
             for generation in generations
         ]
 

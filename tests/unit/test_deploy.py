@@ -8,6 +8,8 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -150,6 +152,14 @@ def test_image_installs_the_pinned_versions() -> None:
     assert len(installs) == 1
     assert "-c constraints.txt" in installs[0]
     assert arguments(dockerfile())["TORCH_INDEX_URL"] == '""'
+
+
+def test_image_has_what_its_settings_need() -> None:
+    """The image can send traces, which a setting asks for: nothing can be installed into it later."""
+    (install,) = (one.rest for one in dockerfile() if one.keyword == "RUN" and "-r requirements.txt" in one.rest)
+    code = re.search(r"python -c '([^']+)'", install)[1]
+    listed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert {*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["tracing"]} == set(listed.splitlines())
 
 
 def test_image_listens_where_it_says() -> None:

@@ -20,6 +20,7 @@ CANARY = "canary-in-a-prompt"
 def _loggers_as_before() -> Iterator[None]:
     """Logging is the process's: put it back."""
     loggers = [logging.getLogger(name) for name in (None, "service", "uvicorn", "uvicorn.error", "python_multipart")]
+    loggers += [logging.getLogger(name) for name in ("opentelemetry", "opentelemetry.sdk")]
     before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
     yield
     for logger, level, handlers in before:
