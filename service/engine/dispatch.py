@@ -1,16 +1,18 @@
-"""Which worker a request goes to: the one that is done soonest with all it has then, of those that have room.
+"""Which worker a request goes to: of those that have room, the one where it costs the least time.
 
-Estimates are in *row calls*: one UNet row of the model's native size through one model call, and in *turns*.
+Estimates are in *row calls*, one UNet row of the model's native size through one model call, and in *turns*.
 Requests of one batch key share their steps; those of different keys take turns, so that a worker makes more steps,
-each of fewer images, than if all were of one key. Such a turn costs the part of a step that does not grow with its
-rows, and a switch of weights. So
+each of fewer images, than if all were of one key. Each step more is a turn, and costs the part of a step that does
+not grow with its rows, and a switch of weights. So a worker is done in
 
     remaining seconds = row calls * seconds per row call + turns * seconds per turn
 
-counts what a worker has to do, and keeps keys apart where that costs less than it saves: of workers about equally
-loaded the one that runs a request's key already takes it. An idle worker has no turns and no work, and wins.
+A request adds row calls wherever it goes, and turns only among other keys. Its row calls delay the others there no
+less elsewhere; its turns would be spared, and each of them is waited for by every request that is there. So they
+count once for each: of workers about equally loaded, one that runs the request's key takes it, and the more so the
+more are there. An idle worker has neither work nor turns, and wins.
 
-Where all workers are busy, a place becomes free in one of them at a time, and there is no choice. There a request
+Where all workers are busy, a place becomes free in one of them at a time, and there is no choice. Then a request
 whose key runs in another worker lets those behind it go first that are of a key of this one (`is_patient`), as long
 as the queue lets a request be overtaken at all; if there are none, it takes the place: none stays empty.
 """
@@ -37,12 +39,14 @@ class _Work:
     """What a worker has left.
 
     Attributes:
+        num_requests: Requests with a model call left.
         row_calls: UNet rows of the native size times model calls.
-        num_undenoised_images: Images of requests with a model call left.
+        num_undenoised_images: Images of those requests.
         longest: Model calls left of the longest request of each key.
         num_turns: Steps beyond those that would be made if all requests were of one key.
     """
 
+    num_requests: int
     row_calls: float
     num_undenoised_images: int
     longest: dict[BatchKey, int]
@@ -102,12 +106,13 @@ class Load:
         work = self._remaining()
         return work.row_calls * self._pace.seconds_per_row_call + work.num_turns * self._pace.turn_seconds
 
-    def remaining_seconds_with(self, handle: Handle) -> float:
-        """The same, if this request were sent to it, too."""
+    def seconds_with(self, handle: Handle) -> float:
+        """The same if this request were sent to it, too, its own turns counted for every request that waits for them."""
         work, entry = self._remaining(), self._entry(handle)
         longest = work.longest | {entry.key: max(entry.remaining_calls, work.longest.get(entry.key, 0))}
+        added = (_num_turns(longest) - work.num_turns) * (work.num_requests + 1)
         row_calls = work.row_calls + entry.remaining_calls * entry.row_weight
-        return row_calls * self._pace.seconds_per_row_call + _num_turns(longest) * self._pace.turn_seconds
+        return row_calls * self._pace.seconds_per_row_call + (work.num_turns + added) * self._pace.turn_seconds
 
     def runs(self, key: BatchKey) -> bool:
         """Whether requests of this key are still denoised, or will be."""
@@ -177,6 +182,7 @@ class Load:
             for entry in entries:
                 longest[entry.key] = max(entry.remaining_calls, longest.get(entry.key, 0))
             self._work = _Work(
+                num_requests=len(entries),
                 row_calls=sum(entry.remaining_calls * entry.row_weight for entry in entries),
                 num_undenoised_images=sum(entry.handle.num_images for entry in entries),
                 longest=longest,
@@ -212,7 +218,7 @@ class Dispatcher:
         if not candidates or (is_patient and _is_better_placed_elsewhere(handle, candidates, loads)):
             return None
         chosen = min(
-            candidates, key=lambda load: (load.remaining_seconds_with(handle), load.num_requests, load.last_chosen)
+            candidates, key=lambda load: (load.seconds_with(handle), load.num_requests, load.last_chosen)
         )
         self._num_chosen += 1
         chosen.last_chosen = self._num_chosen
