@@ -1,5 +1,6 @@
 """How long a device takes for what a worker asks of it: measured times, and what lies between them."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -40,6 +41,8 @@ class Costs:
         load_seconds: From the loss of a worker until its successor is ready.
         edge_seconds: What the API process takes for a request before it is admitted, and again after it was painted.
         pipe_seconds: From the API process to a worker, or back.
+        slowness: From which moment on, in seconds from the start, the device takes so many times as long as these
+            costs say; ascending, and before the first as the first. Empty for a device that always takes what they say.
     """
 
     step_seconds: Mapping[int, float]
@@ -52,6 +55,14 @@ class Costs:
     load_seconds: float = 60.0
     edge_seconds: float = 0.010
     pipe_seconds: float = 0.0005
+    slowness: tuple[tuple[float, float], ...] = ()
+
+    def slowness_at(self, moment: float) -> float:
+        """How many times as long the device takes."""
+        if not self.slowness:
+            return 1.0
+        place = bisect_right(self.slowness, moment, key=lambda change: change[0])
+        return self.slowness[max(0, place - 1)][1]
 
     def step(self, num_rows: int) -> float:
         """Seconds of one step of so many rows; beyond what was measured, in proportion."""

@@ -64,7 +64,7 @@ class SimulatedPipeline:
             generation.steps = generation.request.params.num_inference_steps
         num_images = _num_images(generations)
         self._owe(num_images * self._costs.prepare.device_seconds)
-        self._time.pass_by(self._costs.prepare.seconds(num_images))
+        self._compute(self._costs.prepare.seconds(num_images))
 
     def step(self, generations: Sequence[Generation]) -> None:
         """Takes time, more where LoRAs change or jobs ran beside."""
@@ -77,14 +77,14 @@ class SimulatedPipeline:
         num_rows = sum(generation.request.params.num_rows for generation in generations)
         self.num_steps += 1
         self.num_step_rows += num_rows
-        self._time.pass_by(seconds + self._costs.step(num_rows))
+        self._compute(seconds + self._costs.step(num_rows))
 
     def finish(self, generations: Sequence[Generation]) -> list[Finish | Any]:
         """Takes time."""
         num_images = _num_images(generations)
         seconds = self._costs.finish.seconds(num_images)
         self._owe(num_images * self._costs.finish.device_seconds)
-        self._time.pass_by(seconds)
+        self._compute(seconds)
         return [Finish(NO_PICTURE, (False,) * one.num_images, seconds, 0.0) for one in generations]
 
     def preview(self, generations: Sequence[Generation]) -> list[None]:
@@ -98,6 +98,9 @@ class SimulatedPipeline:
     def memory_bytes(self) -> dict[str, int]:
         """As on a CPU."""
         return {}
+
+    def _compute(self, seconds: float) -> None:
+        self._time.pass_by(seconds * self._costs.slowness_at(self._time.now))
 
     def _owe(self, seconds: float) -> None:
         if self._costs.has_background:
@@ -185,7 +188,9 @@ class SimulatedProcess:
         self._on_report = on_report
         self._inbox: deque[Command] = deque()
         self._batcher = Batcher(costs.max_images)
-        self._jobs: SimulatedJobs | InlineJobs = SimulatedJobs(time, self._wake) if costs.has_background else InlineJobs()
+        self._jobs: SimulatedJobs | InlineJobs = (
+            SimulatedJobs(time, self._wake) if costs.has_background else InlineJobs()
+        )
         self._loop = Worker(cast("Connection", self), self.pipeline, self._batcher, self._jobs)
         self._num_alarms = 0
         self._is_asleep = True

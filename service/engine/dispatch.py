@@ -107,7 +107,7 @@ class Load:
         return work.row_calls * self._pace.seconds_per_row_call + work.num_turns * self._pace.turn_seconds
 
     def seconds_with(self, handle: Handle) -> float:
-        """The same if this request were sent to it, too, its own turns counted for every request that waits for them."""
+        """The same with this request, the turns that it adds counted once for each request that waits for them."""
         work, entry = self._remaining(), self._entry(handle)
         longest = work.longest | {entry.key: max(entry.remaining_calls, work.longest.get(entry.key, 0))}
         added = (_num_turns(longest) - work.num_turns) * (work.num_requests + 1)
