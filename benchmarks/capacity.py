@@ -173,7 +173,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--queue-size", type=int, default=64, help="requests that may wait")
     parser.add_argument("--minutes-to-loss", type=float, default=10.0, help="of each worker, where workers are lost")
     parser.add_argument(
-        "--device-seconds", type=float, default=600.0, help="of traffic, over all devices; 20 s at least"
+        "--device-seconds", type=float, default=600.0, help="of traffic, over all devices; 10 s at least"
     )
     parser.add_argument(
         "--bound", type=float, default=BOUND, help="good answers take so many times what they take alone"

@@ -214,27 +214,32 @@ class SimulatedProcess:
     def deliver(self, command: Command) -> None:
         """A message arrives."""
         self._inbox.append(command)
-        is_idle = self._batcher.is_idle and self._jobs.is_idle
-        self._wake(GATHER_SECONDS if is_idle else 0.0)
+        self._wake()
 
-    def _wake(self, delay_seconds: float = 0.0) -> None:
+    def _wake(self) -> None:
         if self._is_asleep:
+            # An idle worker waits for more of a burst, and once more with each message.
+            is_idle = self._batcher.is_idle and self._jobs.is_idle
             self._num_alarms += 1
-            self._time.plan(delay_seconds, partial(self._on_alarm, self._num_alarms))
+            self._time.plan(GATHER_SECONDS if is_idle else 0.0, partial(self._on_alarm, self._num_alarms))
 
     def _on_alarm(self, number: int) -> None:
-        if number == self._num_alarms and self._is_asleep:  # The latest one counts: idle workers wait once more.
+        if number == self._num_alarms and self._is_asleep:  # The latest one counts.
             self._is_asleep = False
             self._turn()
 
     def _turn(self) -> None:
-        if self.is_lost:
-            return
-        self._loop.turn()
-        has_ended = isinstance(self._jobs, SimulatedJobs) and self._jobs.has_ended
-        self._is_asleep = self._batcher.is_stuck and not self._inbox and not has_ended
+        if not self.is_lost:
+            self._loop.turn()
+            # What it does next it decides when this is over, and others may have sent something meanwhile.
+            self._time.plan(0.0, self._go_on)
+
+    def _go_on(self) -> None:
+        self._is_asleep = self._batcher.is_stuck
         if not self._is_asleep:
-            self._time.plan(0.0, self._turn)
+            self._turn()
+        elif self._inbox or (isinstance(self._jobs, SimulatedJobs) and self._jobs.has_ended):
+            self._wake()
 
 
 class SimulatedWorker:

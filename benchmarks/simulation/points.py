@@ -89,7 +89,7 @@ class Setting:
     queue_size: int = 64
     mean_seconds_to_loss: float = 600.0
     device_seconds: float = 600.0
-    min_seconds: float = 20.0
+    min_seconds: float = 10.0
     bound: float = BOUND
     seed: int = 1
 
