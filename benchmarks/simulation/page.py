@@ -121,36 +121,34 @@ def api_section(points: Sequence[Point], costs: Costs, api_milliseconds: float) 
     }
     rows = []
     for num_devices, router_milliseconds in router.items():
-        cores = num_devices * per_device * (api_milliseconds + router_milliseconds) / 1000
+        num_cores = num_devices * per_device * (api_milliseconds + router_milliseconds) / 1000
         rows.append(
             [
                 str(num_devices),
                 f"{num_devices * per_device:.0f}",
                 f"{router_milliseconds:.1f}",
-                f"{cores:.1f}",
+                f"{num_cores:.1f}",
             ]
         )
     limit = 1000 / api_milliseconds
-    parts = [
-        (
-            "The simulation leaves the API process as much CPU as it likes. A real one has Python's lock: pictures are "
-            "decoded and encoded in threads, most of the time without it, and everything else is one core's. "
-            f"`python -m benchmarks.edges` measured {api_milliseconds:.0f} ms of CPU for a request of 512x512, with a "
-            "worker that paints nothing; the router's own part beside many workers, the reports of all steps included, "
-            "comes on top, and was measured here."
-        ),
-        table(["devices", "requests/s", "router, ms/request", "cores of the API process"], rows, num_texts=0),
-        (
-            f"Counted as one core, one API process ends at about {limit:.0f} requests/s, which is "
-            f"{limit / per_device:.0f} of these devices. Threads stretch that somewhat, but plan without. Beyond, run "
-            "several instances, each with its own devices (`INPAINT_DEVICES`, or `CUDA_VISIBLE_DEVICES`), behind a load "
-            "balancer: Kubernetes with a pod for every few GPUs and `/readyz` as its probe, Ray Serve, or an HTTP proxy "
-            "that sends to the instance with the fewest open requests and tries another one after a 429 or 503. Instances "
-            "share nothing; only answers that are kept for an `Idempotency-Key` are an instance's own."
-        ),
-        (
-            "Poisson arrivals that are split at random are Poisson again, so eight instances of eight devices behave like "
-            "the rows of 8 devices, not like those of 64. Requests of a rare LoRA are best sent to one and the same."
-        ),
-    ]
-    return "\n\n".join(parts)
+    measured = (
+        "The simulation leaves the API process as much CPU as it likes. A real one has Python's lock: pictures are "
+        "decoded and encoded in threads, most of the time without it, and everything else is one core's. "
+        f"`python -m benchmarks.edges` measured {api_milliseconds:.0f} ms of CPU for a request of 512x512, with a "
+        "worker that paints nothing; the router's own part beside many workers, the reports of all steps included, "
+        "comes on top, and was measured here."
+    )
+    beyond = (
+        f"Counted as one core, one API process ends at about {limit:.0f} requests/s, which is "
+        f"{limit / per_device:.0f} of these devices. Threads stretch that somewhat, but plan without. Beyond, run "
+        "several instances, each with its own devices (`INPAINT_DEVICES`, or `CUDA_VISIBLE_DEVICES`), behind a "
+        "load balancer: Kubernetes with a pod for every few GPUs and `/readyz` as its probe, Ray Serve, or an "
+        "HTTP proxy that sends to the instance with the fewest open requests and tries another one after a 429 "
+        "or 503. Instances share nothing; only answers that are kept for an `Idempotency-Key` are an instance's own."
+    )
+    split = (
+        "Poisson arrivals that are split at random are Poisson again, so eight instances of eight devices behave "
+        "like the rows of 8 devices, not like those of 64. Requests of a rare LoRA are best sent to one and the same."
+    )
+    cores = table(["devices", "requests/s", "router, ms/request", "cores of the API process"], rows, num_texts=0)
+    return f"{measured}\n\n{cores}\n\n{beyond}\n\n{split}"

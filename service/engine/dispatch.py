@@ -217,9 +217,7 @@ class Dispatcher:
         ]
         if not candidates or (is_patient and _is_better_placed_elsewhere(handle, candidates, loads)):
             return None
-        chosen = min(
-            candidates, key=lambda load: (load.seconds_with(handle), load.num_requests, load.last_chosen)
-        )
+        chosen = min(candidates, key=lambda load: (load.seconds_with(handle), load.num_requests, load.last_chosen))
         self._num_chosen += 1
         chosen.last_chosen = self._num_chosen
         return chosen
