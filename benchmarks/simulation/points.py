@@ -16,6 +16,8 @@ BOUND = 10.0
 """An answer counts within so many times what its request takes alone. A full batch takes 8.5 times as long per step,
 what is beside the steps included: that is what a device at its capacity gives, and little waiting may come on top."""
 
+NUM_LOSSES = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -79,7 +81,8 @@ class Setting:
         costs: Of each device.
         queue_size: Requests that may wait.
         mean_seconds_to_loss: Of each worker, where workers are lost.
-        device_seconds: Length of a window times devices, and `min_seconds` at least.
+        device_seconds: Length of a window times devices, and `min_seconds` at least; where workers are lost, it is
+            so long that `NUM_LOSSES` are to be expected.
         min_seconds: See there.
         bound: Times what a request takes alone.
         seed: Of requests and losses.
@@ -88,7 +91,7 @@ class Setting:
     costs: Costs
     queue_size: int = 64
     mean_seconds_to_loss: float = 600.0
-    device_seconds: float = 600.0
+    device_seconds: float = 300.0
     min_seconds: float = 10.0
     bound: float = BOUND
     seed: int = 1
@@ -98,7 +101,10 @@ def answer(question: Question, setting: Setting) -> Point:
     """Simulate it."""
     costs, num_devices = setting.costs, question.num_devices
     capacity = num_devices * costs.images_per_second(MEAN_STEPS)
-    seconds = max(setting.min_seconds, setting.device_seconds / num_devices)
+    device_seconds = setting.device_seconds
+    if question.has_losses:
+        device_seconds = max(device_seconds, NUM_LOSSES * setting.mean_seconds_to_loss)
+    seconds = max(setting.min_seconds, device_seconds / num_devices)
     traffic = poisson_traffic(question.load * capacity, seconds, STEPS, LORAS, setting.seed)
     fleet = Fleet(
         (costs,) * num_devices,

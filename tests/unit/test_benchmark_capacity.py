@@ -261,7 +261,7 @@ def test_the_page_has_every_question() -> None:
         Question(1, 0.5, places_keys=False),
         Question(2, 0.5, places_keys=False),
     ]
-    setting = Setting(H200, device_seconds=10.0, min_seconds=5.0)
+    setting = Setting(H200, mean_seconds_to_loss=5.0, device_seconds=10.0, min_seconds=5.0)
     points = [answer(question, setting) for question in asked]
     assert all(sum(point.outcomes.values()) == round(point.offered_per_second * point.seconds) for point in points)
     text = page(points, setting, 20.0, {"command": "x"})
