@@ -20,6 +20,7 @@ import argparse
 import json
 import platform
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """Simulate, or validate; 0 when that went well."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # So that a service ends, too.
     arguments = _arguments()
     if arguments.validate or arguments.validate_against is not None:
         return _validate(arguments)
