@@ -70,6 +70,27 @@ class IpAdapterUse:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchKey:
+    """What must be equal for images to share a UNet call.
+
+    Attributes:
+        height: Working height in pixels.
+        width: Working width in pixels.
+        solo: The id of a request that asked for a batch of its own, else None.
+        loras: What is merged into the weights.
+        freeu: What the UNet's skip connections are weighted with.
+        ip_adapter: How much the UNet heeds pictures, and of how many tokens.
+    """
+
+    height: int
+    width: int
+    solo: str | None = None
+    loras: tuple[LoraUse, ...] = ()
+    freeu: FreeU | None = None
+    ip_adapter: IpAdapterUse | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class InpaintParams:
     """The scalar arguments of the stock pipeline's call, resolved: no field is "use the default" any more.
 
@@ -130,6 +151,15 @@ class InpaintParams:
     def num_rows(self) -> int:
         """UNet rows that the request occupies in a batch."""
         return self.num_images_per_prompt * (2 if self.is_guided else 1)
+
+    def batch_key(self, request_id: str) -> BatchKey:
+        """With whom the request can share a UNet call.
+
+        Args:
+            request_id: The request's own name, unique, for one that asks for a batch of its own.
+        """
+        solo = request_id if self.batching == "solo" else None
+        return BatchKey(self.height, self.width, solo, self.loras, self.freeu, self.ip_adapter)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

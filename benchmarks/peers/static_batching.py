@@ -18,9 +18,9 @@ from benchmarks.peers.front import Inbox, Waiting, open_front
 from benchmarks.peers.options import peer_parser
 from benchmarks.peers.wire import PeerRequest
 from service.errors import InpaintError
-from service.request import InpaintParams, InpaintRequest, Pixels
+from service.request import BatchKey, InpaintParams, InpaintRequest, Pixels
 from service.settings import load_settings
-from service.worker.batcher import BatchKey, Generation
+from service.worker.batcher import Generation
 from service.worker.checkpoint import load
 from service.worker.pipeline import InpaintPipeline
 from service.worker.runtime import open_device

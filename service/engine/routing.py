@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from service.engine.admission import WaitingQueue, backlog_seconds
 from service.engine.clients import Client
@@ -57,10 +57,8 @@ class Router:
         """Send what waits to workers that have room."""
         workers = self._loads()
         while workers and any(load.has_room(1) for load in workers):
-            taken = self.queue.take(
-                choose=lambda handle: self._dispatcher.choose(handle, workers),
-                is_held=lambda handle: is_held(handle, workers),
-            )
+            # First whoever suits a worker with room, then, so that no place stays empty, whoever is next.
+            taken = self._take(workers, is_patient=True) or self._take(workers, is_patient=False)
             if taken is None:
                 return
             handle, load = taken
@@ -72,6 +70,12 @@ class Router:
                 logger.exception("request %s could not be sent to worker %s", handle.key, workers[load].name)
                 load.remove(handle.key)
                 self._end(handle, InpaintError(ErrorCode.INTERNAL, "The request failed inside the service."))
+
+    def _take(self, loads: Collection[Load], *, is_patient: bool) -> tuple[Handle, Load] | None:
+        return self.queue.take(
+            choose=lambda handle: self._dispatcher.choose(handle, loads, is_patient=is_patient),
+            is_held=lambda handle: is_held(handle, loads),
+        )
 
     def backlog_seconds(self, native_size: int, client: Client) -> float:
         """Estimated time until everything that a client has waiting now is in a batch."""

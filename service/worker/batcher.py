@@ -13,28 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.request import FreeU, InpaintRequest, IpAdapterUse, LoraUse
-
-
-@dataclass(frozen=True, slots=True)
-class BatchKey:
-    """What must be equal for images to share a UNet call.
-
-    Attributes:
-        height: Working height in pixels.
-        width: Working width in pixels.
-        solo: The id of a request that asked for a batch of its own, else None.
-        loras: What is merged into the weights.
-        freeu: What the UNet's skip connections are weighted with.
-        ip_adapter: How much the UNet heeds pictures, and of how many tokens.
-    """
-
-    height: int
-    width: int
-    solo: str | None = None
-    loras: tuple[LoraUse, ...] = ()
-    freeu: FreeU | None = None
-    ip_adapter: IpAdapterUse | None = None
+from service.request import BatchKey, InpaintRequest
 
 
 @dataclass(slots=True, eq=False)
@@ -71,9 +50,7 @@ class Generation:
     key: BatchKey = field(init=False)
 
     def __post_init__(self) -> None:
-        params = self.request.params
-        solo = self.request_id if params.batching == "solo" else None
-        self.key = BatchKey(params.height, params.width, solo, params.loras, params.freeu, params.ip_adapter)
+        self.key = self.request.params.batch_key(self.request_id)
 
     @property
     def num_images(self) -> int:

@@ -89,14 +89,26 @@ class Worker:
         """
         with self._jobs:
             try:
-                while self._receive():
-                    with self._busy:
-                        self._jobs.collect()
-                        self._expire()
-                        self._admit()
-                        self._step()
+                while self.turn():
+                    pass
             except (EOFError, ConnectionError):
                 logger.info("the service is gone; worker exits")
+
+    def turn(self) -> bool:
+        """Once around: wait for something to do, and do one step; False once drained.
+
+        Raises:
+            EOFError: The API process is gone; or another `ConnectionError`.
+            DeviceLost: The device needs a new process.
+        """
+        if not self._receive():
+            return False
+        with self._busy:
+            self._jobs.collect()
+            self._expire()
+            self._admit()
+            self._step()
+        return True
 
     # --- receive -------------------------------------------------------------
 

@@ -6,17 +6,30 @@ import pytest
 
 from service.engine.dispatch import Dispatcher, Load, is_held
 from service.messages import Ready, StepProgress, Ticked
+from service.request import LoraUse
 from tests.fake_worker import MODEL
 from tests.process.support import Admitted
 
 
-def load_of(*handles: Admitted, max_images: int = 4, seconds_per_row: float = 0.01) -> Load:
+def load_of(
+    *handles: Admitted, max_images: int = 4, seconds_per_row: float = 0.01, seconds_per_step: float = 0.0
+) -> Load:
     """A ready worker that has these."""
-    step_seconds = {rows: rows * seconds_per_row for rows in (1, 2, 4)}
+    step_seconds = {rows: seconds_per_step + rows * seconds_per_row for rows in (1, 2, 4)}
     load = Load(Ready(MODEL, "cpu", "float32", max_images, step_seconds, load_seconds=1.0))
     for handle in handles:
         load.add(handle)
     return load
+
+
+def with_lora(name: str, key: str, *, num_steps: int = 4, num_images: int = 1) -> Admitted:
+    """A request that uses a LoRA."""
+    handle = Admitted(key, num_images)
+    params = dataclasses.replace(
+        handle.request.params, num_inference_steps=num_steps, loras=(LoraUse(name, name, "1", 1.0, 1.0),)
+    )
+    handle.request = dataclasses.replace(handle.request, params=params)
+    return handle
 
 
 def ticked(*progress: StepProgress, step_seconds: float, max_images: int = 4) -> Ticked:
@@ -117,6 +130,77 @@ def test_pace_follows_the_steps() -> None:
         load.ticked(ticked(StepProgress("a", 1, 4), step_seconds=0.08))
     assert load.seconds_per_row_call == pytest.approx(0.04, rel=0.01)
     assert load.num_running_images == 1
+
+
+def test_small_batches_do_not_make_a_worker_slow() -> None:
+    """A step takes longer for its rows the fewer they are, as at warm-up: that says nothing of the worker."""
+    load = load_of(Admitted("a"), seconds_per_step=0.1)
+    pace = load.seconds_per_row_call
+    assert pace == pytest.approx((0.1 + 4 * 0.01) / 4)
+    for _ in range(100):
+        load.ticked(ticked(StepProgress("a", 1, 4), step_seconds=0.1 + 2 * 0.01))
+    assert load.seconds_per_row_call == pytest.approx(pace)
+
+
+def test_turns_of_other_keys_are_work() -> None:
+    """What cannot share steps takes as many more of them as the shorter of two takes, each with its own cost."""
+    shared = load_of(with_lora("x", "a", num_steps=6), with_lora("x", "b", num_steps=4), seconds_per_step=0.1)
+    apart = load_of(with_lora("x", "a", num_steps=6), with_lora("y", "b", num_steps=4), seconds_per_step=0.1)
+    per_turn = (apart.remaining_seconds - shared.remaining_seconds) / 4
+    assert per_turn == pytest.approx((0.11 - (0.1 + 4 * 0.01) / 4) + 0.1 * 0.11)
+    apart.progress(StepProgress("b", 4, 4))
+    alone = load_of(with_lora("x", "a", num_steps=6), seconds_per_step=0.1)
+    assert apart.remaining_seconds == pytest.approx(alone.remaining_seconds)
+
+
+def test_of_equal_workers_the_one_that_runs_the_key() -> None:
+    """Requests of one LoRA share a worker, and a batch, where workers have about as much to do."""
+    x, y = load_of(with_lora("x", "a"), seconds_per_step=0.1), load_of(with_lora("y", "b"), seconds_per_step=0.1)
+    dispatcher = Dispatcher()
+    for number in range(2):
+        for name, load in (("x", x), ("y", y)):
+            handle = with_lora(name, f"{name}-{number}")
+            assert dispatcher.choose(handle, [x, y]) is load
+            load.add(handle)
+
+
+def test_idle_worker_rather_than_the_key() -> None:
+    """Nobody waits for its own kind while a worker has nothing to do."""
+    busy, idle = load_of(with_lora("x", "a"), seconds_per_step=0.1), load_of(seconds_per_step=0.1)
+    handle = with_lora("x", "b")
+    assert Dispatcher().choose(handle, [busy, idle]) is idle
+    assert Dispatcher().choose(handle, [busy, idle], is_patient=True) is idle
+
+
+def test_much_less_work_rather_than_the_key() -> None:
+    """A worker with far more to do is not chosen for its key alone: work stays balanced."""
+    long = load_of(with_lora("x", "a", num_steps=150, num_images=3), seconds_per_step=0.01)
+    short = load_of(with_lora("y", "b"), seconds_per_step=0.01)
+    assert Dispatcher().choose(with_lora("x", "new"), [long, short]) is short
+
+
+def test_patience_only_where_the_key_runs() -> None:
+    """The request waits for a full worker of its key only if that one is there, and others run other keys alone."""
+    full = load_of(*(with_lora("x", str(number)) for number in range(5)))
+    other, mixed = load_of(with_lora("y", "b")), load_of(with_lora("y", "c"), with_lora("x", "d"))
+    dispatcher, handle = Dispatcher(), with_lora("x", "new")
+    assert dispatcher.choose(handle, [full, other], is_patient=True) is None
+    assert dispatcher.choose(handle, [full, other]) is other
+    assert dispatcher.choose(handle, [full, mixed], is_patient=True) is mixed
+    assert dispatcher.choose(handle, [other], is_patient=True) is other
+    assert dispatcher.choose(with_lora("z", "z"), [full, other], is_patient=True) is other
+
+
+def test_slow_workers_get_a_share_by_their_pace() -> None:
+    """Of many equal requests a worker three times as slow gets a quarter."""
+    slow, fast = load_of(seconds_per_row=0.03, max_images=64), load_of(seconds_per_row=0.01, max_images=64)
+    dispatcher = Dispatcher()
+    for number in range(40):
+        handle = Admitted(str(number))
+        chosen = dispatcher.choose(handle, [slow, fast])
+        assert chosen is not None
+        chosen.add(handle)
+    assert slow.num_requests == 10
 
 
 def test_step_of_unknown_requests_tells_nothing() -> None:
