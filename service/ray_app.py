@@ -66,11 +66,14 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     return application(arguments)
 
 
-def application(arguments: Mapping[str, Any], *, worker_target: str = WORKER_TARGET) -> serve.Application:
+def application(
+    arguments: Mapping[str, Any], *, num_replicas: int = 1, worker_target: str = WORKER_TARGET
+) -> serve.Application:
     """The application.
 
     Args:
         arguments: As of `build`.
+        num_replicas: How many, where the configuration file says nothing else.
         worker_target: Dotted name of what runs in a worker process.
 
     Raises:
@@ -79,6 +82,7 @@ def application(arguments: Mapping[str, Any], *, worker_target: str = WORKER_TAR
     settings = replica_settings(arguments)
     deployment = serve.deployment(serve.ingress()(Replica), name=DEPLOYMENT)
     return deployment.options(
+        num_replicas=num_replicas,
         max_ongoing_requests=2 * settings.queue_size + 2 * _MAX_BATCH_IMAGES + _OTHER_REQUESTS,
         max_queued_requests=settings.queue_size,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
@@ -135,7 +139,7 @@ class Replica:
         self._last_ready_at: float | None = None
         self._max_unready_seconds = _MIN_UNREADY_SECONDS
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: PLW3201 - Ray's name for it
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application; called by Ray once."""
         self._engine.adapters.prepare()
         app = create_app(self._settings, self._engine, self._metrics)
