@@ -80,11 +80,12 @@ def application(
         StartupError: As `build`.
     """
     settings = replica_settings(arguments)
+    max_requests = 2 * settings.queue_size + 2 * _MAX_BATCH_IMAGES + _OTHER_REQUESTS
     deployment = serve.deployment(serve.ingress()(Replica), name=DEPLOYMENT)
     return deployment.options(
         num_replicas=num_replicas,
-        max_ongoing_requests=2 * settings.queue_size + 2 * _MAX_BATCH_IMAGES + _OTHER_REQUESTS,
-        max_queued_requests=settings.queue_size,
+        max_ongoing_requests=max_requests,
+        max_queued_requests=max_requests,  # In each proxy. A burst waits there for a moment, whatever room there is.
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=settings.drain_timeout + _SHUTDOWN_SECONDS,
         graceful_shutdown_wait_loop_s=1.0,

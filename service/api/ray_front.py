@@ -98,7 +98,8 @@ class Front:
         if not answer.has_begun:
             own = {**scope, "state": {}}
             attach_record(own, record)
-            await problem_response(_refusal(answer), Request(own))(own, receive, send)
+            named = {"X-Request-Id": record.request_id}
+            await problem_response(_refusal(answer), Request(own), named)(own, receive, send)
         elif not answer.is_whole and answer.is_event_stream and scope["path"] == _NATIVE_PATH:
             event = event_text("failed", json.dumps(problem_body(_lost(), record.request_id)))
             await send({"type": "http.response.body", "body": event.encode(), "more_body": False})

@@ -11,13 +11,16 @@ from urllib.parse import urlencode
 import httpx
 import pytest
 
-from tests.http.serving import assert_problem, eventually, large_form, multipart_head, read_answer, usual_parts
+from tests.http.serving import assert_problem, eventually, large_form, multipart_head, part, read_answer, usual_parts
 from tests.ray.cluster import Deployed, RayNodes, deployed, free_port, sample
 
 pytestmark = pytest.mark.ray
 
 KEY = "a-key-of-some-length"
 QUEUE_SIZE = 4
+MAX_IMAGES = 2
+MAX_ACCEPTED = QUEUE_SIZE + 2 * MAX_IMAGES
+"""Waiting, running, and those that a worker has for when the running ones are done."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def app(nodes: RayNodes, gate: Path, metrics_port: int, tmp_path_factory: pytest
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"shop={KEY}\n")
     settings = {
-        "model": f"fake?{urlencode({'gate': str(gate), 'max_images': 2})}",
+        "model": f"fake?{urlencode({'gate': str(gate), 'max_images': MAX_IMAGES})}",
         "metrics_port": metrics_port,
         "api_keys_file": str(keys),
         "queue_size": QUEUE_SIZE,
@@ -86,9 +89,9 @@ def test_refusals_are_the_service_s_own(app: Deployed) -> None:
     without_key = httpx.post(f"{app.url}/v1/inpaint", content=b"x" * 100_000, trust_env=False)
     assert_problem(without_key, 401, "unauthorized")
     assert_problem(app.client.post("/v1/inpaint", content=b"x" * 9_000_000), 413, "body_too_large")
-    chunks = (b"x" * 100_000 for _ in range(90))
-    form = {"Content-Type": "multipart/form-data; boundary=frontier"}
-    assert_problem(app.client.post("/v1/inpaint", content=chunks, headers=form), 413, "body_too_large")
+    whole = part("image", b"x" * 9_000_000, "a.png")
+    chunks = (whole[start : start + 100_000] for start in range(0, len(whole), 100_000))
+    assert_problem(app.client.post("/v1/inpaint", content=chunks, headers=_FORM), 413, "body_too_large")
     many = {f"x-{number}": "y" for number in range(100)}
     assert_problem(app.client.get("/v1/models", headers=many), 431, "headers_too_large")
     problem = assert_problem(app.inpaint(strength="2"), 422, "out_of_range")
@@ -112,11 +115,11 @@ def test_too_many_requests_are_refused_by_the_replica(app: Deployed, gate: Path,
     refused_before = sample([metrics_port], 'inpaint_rejected_total{reason="overloaded"}')
     with ThreadPoolExecutor(40) as pool:
         asked = [pool.submit(app.inpaint, prompt="hold", seed=str(seed % 24)) for seed in range(40)]
-        eventually(lambda: sum(one.done() for one in asked) >= 40 - QUEUE_SIZE - 2, seconds=60)
+        eventually(lambda: sum(one.done() for one in asked) >= 40 - MAX_ACCEPTED, seconds=45)
         gate.touch()
         answers = [one.result() for one in asked]
     refused = [answer for answer in answers if answer.status_code == 429]
-    assert len(refused) == 40 - QUEUE_SIZE - 2
+    assert 40 - MAX_ACCEPTED <= len(refused) <= 40 - QUEUE_SIZE
     for answer in refused:
         assert_problem(answer, 429, "overloaded")
         assert int(answer.headers["Retry-After"]) >= 1
