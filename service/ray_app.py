@@ -89,7 +89,7 @@ def application(
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=settings.drain_timeout + _SHUTDOWN_SECONDS,
         graceful_shutdown_wait_loop_s=1.0,
-        logging_config=LoggingConfig(enable_access_log=False),  # Ray's has addresses; the service writes its own.
+        logging_config=LoggingConfig(enable_access_log=False),  # The service writes its own.
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0},
     ).bind(dict(arguments), worker_target)
 

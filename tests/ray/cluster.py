@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import httpx
@@ -22,8 +23,10 @@ import pytest
 
 from tests.http.serving import FAKE_WORKER, eventually, form
 
-# Read when Ray is imported: every address is loopback's. It is named for systems on which Ray does nothing else.
+# Read when Ray is imported. Every address is loopback's; it is named for systems on which Ray does nothing else.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+# And a token is asked for, or whoever is on this machine could have the cluster run code.
+os.environ["RAY_AUTH_MODE"] = "token"
 
 pytest.importorskip("ray", reason="the [ray] extra is not installed: pip install -c constraints.txt -e '.[ray]'")
 
@@ -53,9 +56,10 @@ class RayNodes:
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="ray-")  # Short: paths of sockets must be.
-        self._old = {name: os.environ.get(name) for name in _ENVIRONMENT}
-        os.environ.update(_ENVIRONMENT)
-        head = {"num_cpus": 0, "temp_dir": self._folder, "dashboard_port": free_port(), **self._common()}
+        environment = {**_ENVIRONMENT, "RAY_TMPDIR": self._folder, "RAY_AUTH_TOKEN": token_hex(32)}
+        self._old = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        head = {"num_cpus": 0, "dashboard_port": free_port(), **self._common()}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: list[Any] = []
         self.port = free_port()
@@ -91,7 +95,7 @@ class RayNodes:
 
     def log(self) -> str:
         """All that any process of the cluster has logged."""
-        logs = Path(self._folder).glob("session_*/logs/**/*")
+        logs = Path(self._folder).glob("ray/session_*/logs/**/*")
         return "\n".join(path.read_text(errors="replace") for path in logs if path.is_file())
 
     def close(self) -> None:
