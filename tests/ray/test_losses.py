@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -21,16 +22,21 @@ SLOW = f"fake?{urlencode({'step_seconds': 0.05})}"
 
 NUM_CLIENTS = 8
 
+RUN_AGAIN = "its replica was lost; another one runs it"
+"""What a proxy logs of each request that it sends to a second replica."""
+
 
 @pytest.fixture(autouse=True)
-def _figures(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> object:
+def _figures(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], nodes: RayNodes) -> Iterator[None]:
     """Show what was counted, also of a test that passes."""
     counted: list[Counter[str]] = []
     request.node.counted = counted
+    before = nodes.log().count(RUN_AGAIN)
     yield
     with capsys.disabled():
         for one in counted:
-            sys.stdout.write(f"\n{request.node.name}: {dict(one)}\n")
+            again = nodes.log().count(RUN_AGAIN) - before
+            sys.stdout.write(f"\n{request.node.name}: {dict(one)}, run again: {again}\n")
 
 
 @pytest.fixture
@@ -43,33 +49,39 @@ def load(nodes: RayNodes, expected: dict[int, bytes], request: pytest.FixtureReq
 
 def test_a_killed_replica_costs_no_request(nodes: RayNodes, load: Load) -> None:
     """What a replica had when it was killed is run again by another one: the same bytes, and no error."""
+    lost_before = nodes.log().count(RUN_AGAIN)
     with deployed(nodes, {"model": SLOW}, num_replicas=2):
         with load.running(NUM_CLIENTS):
             load.wait_for(16)
             nodes.replicas()[0].kill()
             load.wait_for(48)
         assert set(load.outcomes) == {"right"}
+        assert nodes.log().count(RUN_AGAIN) > lost_before
         eventually(lambda: len(nodes.replicas()) == 2, seconds=60)
 
 
 def test_a_killed_node_costs_no_request(nodes: RayNodes, load: Load) -> None:
     """The same of all that a replica had whose machine is gone. Clients talk to a proxy on another one."""
+    lost_before = nodes.log().count(RUN_AGAIN)
     with deployed(nodes, {"model": SLOW}, num_replicas=2):
         with load.running(NUM_CLIENTS):
             load.wait_for(16)
             nodes.kill_node_of(nodes.replicas()[0])
             load.wait_for(48)
         assert set(load.outcomes) == {"right"}
+        assert nodes.log().count(RUN_AGAIN) > lost_before
 
 
 def test_the_only_replica_killed_costs_no_request(nodes: RayNodes, load: Load) -> None:
     """Without another replica, requests wait for the successor."""
+    lost_before = nodes.log().count(RUN_AGAIN)
     with deployed(nodes, {"model": SLOW}):
         with load.running(NUM_CLIENTS):
             load.wait_for(16)
             nodes.replicas()[0].kill()
             load.wait_for(32)
         assert set(load.outcomes) == {"right"}
+        assert nodes.log().count(RUN_AGAIN) > lost_before
 
 
 def test_a_stream_whose_replica_is_killed_ends_with_an_event(nodes: RayNodes, load: Load, tmp_path: Path) -> None:
