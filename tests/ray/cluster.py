@@ -95,7 +95,7 @@ class RayNodes:
 
     def log(self) -> str:
         """All that any process of the cluster has logged."""
-        logs = Path(self._folder).glob("ray/session_*/logs/**/*")
+        logs = Path(self._folder).glob("ray/session_latest/logs/**/*")
         return "\n".join(path.read_text(errors="replace") for path in logs if path.is_file())
 
     def close(self) -> None:
