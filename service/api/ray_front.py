@@ -1,7 +1,8 @@
 """What stands in each of Ray Serve's HTTP proxies, before a request goes to a replica. Pure ASGI, free of Ray.
 
 A proxy's own answers are plain text, and where a replica dies there is none at all. Here they become the answers
-that the API promises; and a request whose replica died before it began to answer is sent to another one, once.
+that the API promises; and a request whose replica died before it began to answer, or lost its worker before it took
+the request on, is sent to another one, once.
 """
 
 import json
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.answers import EVENT_STREAM_MEDIA_TYPE, event_text
 from service.api.problems import problem, problem_body, problem_response
-from service.api.ray_replica import REPLICA_MARK
+from service.api.ray_replica import ELSEWHERE, MARK
 from service.api.records import RequestRecord, attach_record, new_record
 from service.api.wire_formats import ERROR_FORMS
 from service.errors import ErrorCode, InpaintError
@@ -88,8 +89,9 @@ class Front:
         body = _Body(receive, max_bytes, self._room)
         try:
             answer = await self._try(scope, headers, body, send, record)
-            if answer.is_lost and body.is_kept and not body.is_client_gone:
-                logger.warning("request %s: its replica was lost; another one runs it", record.request_id)
+            if (answer.is_lost or answer.is_for_another) and body.is_kept and not body.is_client_gone:
+                why = "its replica was lost" if answer.is_lost else "its replica is not ready"
+                logger.warning("request %s: %s; another one runs it", record.request_id, why)
                 answer = await self._try(scope, headers, body, send, record)
         finally:
             body.let_go()
@@ -182,7 +184,7 @@ class _Body:
 
 
 class _Answer:
-    """What comes back of one try: a replica's answer is passed on, Ray's own is looked at.
+    """What comes back of one try: a replica's answer is passed on; Ray's own, and a refusal for now, are looked at.
 
     Args:
         send: To the client.
@@ -194,6 +196,7 @@ class _Answer:
         self.has_begun = False
         self.is_whole = False
         self.is_event_stream = False
+        self.is_for_another = False
         self.rays_status: int | None = None
         self.rays_retry_after = ""
         self._send = send
@@ -209,7 +212,9 @@ class _Answer:
         """Called by the proxy."""
         if message["type"] == "http.response.start":
             headers = [(name.lower(), value) for name, value in message.get("headers", ())]
-            if REPLICA_MARK not in headers:
+            mark = dict(headers).get(MARK)
+            self.is_for_another = mark == ELSEWHERE
+            if mark is None or self.is_for_another:
                 self.rays_status = message["status"]
                 self.rays_retry_after = Headers(raw=headers).get("Retry-After", "")
                 return
@@ -217,7 +222,7 @@ class _Answer:
             self.has_begun = True
             self.is_event_stream = Headers(raw=headers).get("Content-Type", "").startswith(EVENT_STREAM_MEDIA_TYPE)
             # Ray adds the request's id to those that have one.
-            kept = [header for header in headers if header != REPLICA_MARK and header[0] != _REQUEST_ID]
+            kept = [header for header in headers if header[0] not in (MARK, _REQUEST_ID)]
             await self._send({**message, "headers": [*kept, (_REQUEST_ID, self._request_id)]})
         elif self.has_begun:
             self.is_whole = not message.get("more_body", False)

@@ -13,17 +13,27 @@ from contextlib import suppress
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.records import record_of
 from service.engine.engine import Engine
+from service.errors import ErrorCode
 
 logger = logging.getLogger(__name__)
 
-REPLICA_MARK = (b"x-inpaint-replica", b"1")
+MARK = b"x-inpaint-replica"
 """A header of every answer that a replica gave, so that those which Ray gave in its place can be told apart."""
+
+ANSWERED = b"answered"
+"""Its usual value."""
+
+ELSEWHERE = b"elsewhere"
+"""Its value where the replica could not take the request on, and another one may."""
 
 READY_WAIT_SECONDS = 30.0
 """How long a request waits for a worker that is being replaced."""
 
 _POLL_SECONDS = 0.05
+
+_NOT_NOW = frozenset({ErrorCode.NOT_READY, ErrorCode.DRAINING})
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
@@ -50,7 +60,7 @@ class ReplicaApp:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        connection = _Connection(receive, send)
+        connection = _Connection(scope, receive, send)
         answering = asyncio.create_task(self._answer(scope, connection))
         try:
             await asyncio.shield(answering)
@@ -82,12 +92,14 @@ class _Connection:
     """What the application sees of its client.
 
     Args:
+        scope: The request's.
         receive: Ray's; what it raises means that the proxy is gone.
         send: Ray's.
     """
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.is_gone = False
+        self._scope = scope
         self._receive = receive
         self._send = send
         self._messages: asyncio.Queue[Message] = asyncio.Queue()
@@ -116,8 +128,13 @@ class _Connection:
         if self.is_gone:
             return
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), REPLICA_MARK]}
+            message = {**message, "headers": [*message.get("headers", ()), (MARK, self._mark())]}
         await self._send(message)
+
+    def _mark(self) -> bytes:
+        # Readiness that was asked for is no refusal.
+        is_refused = self._scope["method"] == "POST" and record_of(self._scope).code in _NOT_NOW
+        return ELSEWHERE if is_refused else ANSWERED
 
     async def _pump_messages(self) -> None:
         # A task of its own, because a message may not get lost where one who waits for it gives up.

@@ -13,7 +13,7 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.ray_front import Front
-from service.api.ray_replica import REPLICA_MARK
+from service.api.ray_replica import ANSWERED, ELSEWHERE, MARK
 from service.api.server import HttpServer, server_config
 from tests.http.serving import assert_problem, eventually, read_answer
 
@@ -26,7 +26,8 @@ class Proxy:
 
     Attributes:
         behaviours: "answer" echoes the body; "lost" reads it and says nothing, as when the replica died; a number is
-            Ray's own plain answer; "begin" and "stream" are lost in the middle of an answer.
+            Ray's own plain answer; "begin" and "stream" are lost in the middle of an answer;
+            "elsewhere" is a replica's refusal for now.
         seen: Headers of each request that came this far.
     """
 
@@ -53,8 +54,11 @@ class Proxy:
             return
         kind = b"text/event-stream; charset=utf-8" if behaviour == "stream" else b"image/png"
         given = [value for name, value in scope["headers"] if name == b"x-request-id"]
-        headers = [(b"content-type", kind), *((b"X-Request-ID", value) for value in given * 2), REPLICA_MARK]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        headers = [(b"content-type", kind), *((b"X-Request-ID", value) for value in given * 2)]
+        headers.append((MARK, ELSEWHERE if behaviour == "elsewhere" else ANSWERED))
+        await send(
+            {"type": "http.response.start", "status": 503 if behaviour == "elsewhere" else 200, "headers": headers}
+        )
         if behaviour in ("begin", "stream"):
             await send({"type": "http.response.body", "body": b"event: queued\ndata: {}\n\n", "more_body": True})
             return
@@ -94,7 +98,7 @@ def test_a_lost_replica_s_request_is_run_once_more() -> None:
         answer = client.post("/v1/inpaint", content=BODY, headers={"X-Request-Id": "mine"})
         assert (answer.status_code, answer.content) == (200, BODY)
         assert answer.headers.get_list("X-Request-Id") == ["mine"]
-        assert REPLICA_MARK[0].decode() not in answer.headers
+        assert MARK.decode() not in answer.headers
         assert len(proxy.seen) == 2
         assert proxy.seen[0] == proxy.seen[1]
 
@@ -107,6 +111,16 @@ def test_a_request_that_loses_two_replicas_is_answered() -> None:
         assert int(answer.headers["Retry-After"]) >= 1
         assert len(proxy.seen) == 2
         assert client.post("/v1/images/edits", content=BODY).json()["error"]["code"] == "worker_lost"
+
+
+def test_a_replica_that_cannot_take_a_request_is_not_the_last_word() -> None:
+    """Where a replica has just lost its worker another one is asked, once; then it is 503 `not_ready`."""
+    with fronted("elsewhere", "answer") as (client, proxy):
+        assert client.post("/v1/inpaint", content=BODY).content == BODY
+        assert len(proxy.seen) == 2
+    with fronted("elsewhere") as (client, proxy):
+        assert_problem(client.post("/v1/inpaint", content=BODY), 503, "not_ready")
+        assert len(proxy.seen) == 2
 
 
 @pytest.mark.parametrize(

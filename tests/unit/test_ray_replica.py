@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.ray_replica import REPLICA_MARK, ReplicaApp
+from service.api.problems import problem
+from service.api.ray_replica import ANSWERED, ELSEWHERE, MARK, ReplicaApp
+from service.api.records import attach_record, new_record, record_of
 from service.engine.engine import Engine
+from service.errors import ErrorCode
 
 DISCONNECT = {"type": "http.disconnect"}
 
@@ -31,11 +35,12 @@ class Call:
     headers: tuple[tuple[bytes, bytes], ...] = ((b"content-length", b"4"),)
     incoming: "asyncio.Queue[Message]" = field(default_factory=asyncio.Queue)
     sent: list[Message] = field(default_factory=list)
+    method: str = "POST"
 
     async def run(self) -> None:
         """Until it is answered."""
         replica = ReplicaApp(self.app, cast("Engine", self.engine), max_body_bytes=100)
-        scope = {"type": "http", "method": "POST", "path": "/", "headers": list(self.headers)}
+        scope = {"type": "http", "method": self.method, "path": "/", "headers": list(self.headers)}
         await replica(scope, self.incoming.get, self._send)
 
     async def _send(self, message: Message) -> None:
@@ -52,18 +57,35 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(checked())
 
 
-async def answering(_scope: Scope, _receive: Receive, send: Send) -> None:
+async def answering(scope: Scope, _receive: Receive, send: Send) -> None:
+    attach_record(scope, new_record(Headers(scope=scope), problem))
     await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
     await send({"type": "http.response.body", "body": b"."})
 
 
-def test_answers_are_marked() -> None:
-    """What a replica answers can be told from what Ray answers in its place."""
+@pytest.mark.parametrize(
+    ("method", "code", "mark"),
+    [
+        ("POST", None, ANSWERED),
+        ("POST", ErrorCode.OVERLOADED, ANSWERED),
+        ("POST", ErrorCode.WORKER_LOST, ANSWERED),
+        ("POST", ErrorCode.NOT_READY, ELSEWHERE),
+        ("POST", ErrorCode.DRAINING, ELSEWHERE),
+        ("GET", ErrorCode.NOT_READY, ANSWERED),
+    ],
+)
+def test_answers_are_marked(method: str, code: ErrorCode | None, mark: bytes) -> None:
+    """What a replica answers can be told from what Ray answers in its place, and what another replica may yet take on."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        attach_record(scope, new_record(Headers(scope=scope), problem))
+        record_of(scope).code = code
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
 
     async def main() -> None:
-        call = Call(answering)
+        call = Call(app, method=method)
         await call.run()
-        assert call.sent[0]["headers"] == [(b"a", b"b"), REPLICA_MARK]
+        assert call.sent[0]["headers"] == [(b"a", b"b"), (MARK, mark)]
 
     run(main())
 
