@@ -56,9 +56,8 @@ class Proxy:
         given = [value for name, value in scope["headers"] if name == b"x-request-id"]
         headers = [(b"content-type", kind), *((b"X-Request-ID", value) for value in given * 2)]
         headers.append((MARK, ELSEWHERE if behaviour == "elsewhere" else ANSWERED))
-        await send(
-            {"type": "http.response.start", "status": 503 if behaviour == "elsewhere" else 200, "headers": headers}
-        )
+        status = 503 if behaviour == "elsewhere" else 200
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         if behaviour in ("begin", "stream"):
             await send({"type": "http.response.body", "body": b"event: queued\ndata: {}\n\n", "more_body": True})
             return

@@ -75,9 +75,9 @@ async def answering(scope: Scope, _receive: Receive, send: Send) -> None:
     ],
 )
 def test_answers_are_marked(method: str, code: ErrorCode | None, mark: bytes) -> None:
-    """What a replica answers can be told from what Ray answers in its place, and what another replica may yet take on."""
+    """What a replica answers can be told from what Ray answers in its place; so can what another may yet take on."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
         attach_record(scope, new_record(Headers(scope=scope), problem))
         record_of(scope).code = code
         await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
