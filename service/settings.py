@@ -182,7 +182,9 @@ class Settings(BaseModel):
         3600.0, gt=0, description="Seconds that an asynchronous request and its result are kept after its end."
     )
     async_mib: float = Field(256.0, gt=0, description="Memory in MiB for such results; the oldest make room.")
-    async_max: int = Field(1000, ge=1, description="Number of such results; the oldest make room.")
+    async_max: int = Field(
+        1000, ge=0, description="Number of such results; the oldest make room. 0: there are no asynchronous requests."
+    )
     webhook_hosts: CommaSeparated = Field(
         (),
         description="Hosts that may be told of the end of asynchronous requests, each HOST or HOST:PORT, by https; "

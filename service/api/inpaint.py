@@ -66,9 +66,9 @@ def add_routes(app: FastAPI) -> None:
 async def inpaint(request: Request) -> Response:
     """Send a picture, a mask and a prompt; get the picture back with the masked part repainted."""
     accept = ", ".join(request.headers.getlist("Accept"))
-    preference = preference_of(request)
-    is_async = preference.respond_async
-    webhook = state_of(request).async_requests.policy.webhook_of(request, is_async=is_async)
+    preference, state = preference_of(request), state_of(request)
+    is_async = preference.respond_async and state.settings.async_max > 0
+    webhook = state.async_requests.policy.webhook_of(request, is_async=is_async)
     if not is_async:
         choose_media_type(accept, _OFFERS)  # Nobody uploads megabytes for a 406.
     admitted = await admit(

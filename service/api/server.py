@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from math import ceil
 
 import uvicorn
@@ -35,6 +35,9 @@ _BACKLOG = 2048
 # Connections that the event loop accepts before it looks at them: few, so that it sees where there are too many while
 # descriptors are left. asyncio, once there are none, tries again at once for each that it might have accepted.
 _ACCEPTED_AT_ONCE = 2
+
+# Replicas on one machine that want the same port for their metrics, one that is ending beside each included.
+_NEAR_PORTS = 32
 
 # Of the drain time, what is left for sending the last answers once they are there.
 _SENDING_SECONDS = 2.0
@@ -174,6 +177,19 @@ class _MetricsServer(HttpServer):
         yield
 
 
+@contextlib.asynccontextmanager
+async def serving_metrics(metrics: Metrics, listener: socket.socket) -> AsyncIterator[None]:
+    """Serve `/metrics` on a socket of its own until the block ends."""
+    server = _MetricsServer(server_config(metrics_app(metrics), has_lifespan=False))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    logger.info("metrics are on %s/metrics", _url(listener))
+    try:
+        yield
+    finally:
+        server.should_exit = server.force_exit = True
+        await serving
+
+
 async def _serve(
     settings: Settings,
     worker_target: str,
@@ -193,18 +209,11 @@ async def _serve(
         "the bundled demo model" if settings.is_bundled_model else settings.model_name,
     )
     startup = asyncio.create_task(_watch_startup(settings, engine, server, _url(listener)))
-    side = None
-    if metrics_listener is not None:
-        metrics_server = _MetricsServer(server_config(metrics_app(metrics), has_lifespan=False))
-        side = asyncio.create_task(metrics_server.serve(sockets=[metrics_listener]))
-        logger.info("metrics are on %s/metrics", _url(metrics_listener))
-
-    await server.serve(sockets=[listener])
-    await tracing.close(server.seconds_left(_FLUSHING_SECONDS))
-
-    if side is not None:
-        metrics_server.should_exit = metrics_server.force_exit = True
-        await side
+    async with contextlib.AsyncExitStack() as side:
+        if metrics_listener is not None:
+            await side.enter_async_context(serving_metrics(metrics, metrics_listener))
+        await server.serve(sockets=[listener])
+        await tracing.close(server.seconds_left(_FLUSHING_SECONDS))
     if startup.done():
         startup.result()  # Raises why there was nothing to serve.
     startup.cancel()
@@ -250,6 +259,19 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual)
     except OSError as error:
         raise StartupError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def listen_near(host: str, port: int) -> socket.socket:
+    """A listening socket on this port or, for others on the same machine with the same wish, one of the next ones.
+
+    Raises:
+        StartupError: All of them are taken, or the address is none of this machine's.
+    """
+    last = min(port + _NEAR_PORTS, 65536) - 1 if port else 0
+    for candidate in range(port, last):
+        with contextlib.suppress(StartupError):
+            return listen(host, candidate)
+    return listen(host, last)
 
 
 def _url(listener: socket.socket) -> str:

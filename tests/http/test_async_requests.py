@@ -663,6 +663,14 @@ def test_a_result_without_room_is_a_failure_that_says_so() -> None:
         assert server.client.get(f"{small}/images/0").status_code == 200
 
 
+def test_they_can_be_switched_off() -> None:
+    """Where nothing may be kept, the preference is not heeded, as its standard allows, and the answer is the picture."""
+    with serving(async_max=0) as server:
+        response = server.inpaint({"Prefer": "respond-async"})
+        assert (response.status_code, response.headers["Content-Type"]) == (200, "image/png")
+        assert "Preference-Applied" not in response.headers
+
+
 def test_uploads_are_let_go_at_the_end() -> None:
     """Of a request that ended nothing is kept but its result: not the upload, the canvas, or what the worker said."""
     with serving() as server:

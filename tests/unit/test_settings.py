@@ -74,7 +74,7 @@ def test_values_are_read_from_text(name: str, text: str, value: object) -> None:
         ("allowed_hosts", "paint.example,::1"),
         ("async_ttl", "0"),
         ("async_mib", "0"),
-        ("async_max", "0"),
+        ("async_max", "-1"),
         ("compile", "true"),
         ("compile", "1"),
         ("compile", "ON"),
