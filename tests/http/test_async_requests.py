@@ -664,7 +664,7 @@ def test_a_result_without_room_is_a_failure_that_says_so() -> None:
 
 
 def test_they_can_be_switched_off() -> None:
-    """Where nothing may be kept, the preference is not heeded, as its standard allows, and the answer is the picture."""
+    """Where nothing may be kept, the preference is not heeded, as its standard allows: the answer is the picture."""
     with serving(async_max=0) as server:
         response = server.inpaint({"Prefer": "respond-async"})
         assert (response.status_code, response.headers["Content-Type"]) == (200, "image/png")
