@@ -21,6 +21,7 @@ from service.api.app import create_app
 from service.engine.engine import Engine
 from service.metrics import Metrics
 from service.settings import Settings
+from service.spans import Tracing
 
 INSIDE_PATH = "/inside"
 LEAK_FLAG = "--leak"
@@ -61,8 +62,8 @@ def main(arguments: list[str]) -> int:
     """Serve as `inpaint-service` would."""
     is_leaking = LEAK_FLAG in arguments
 
-    def create(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
-        app = create_app(settings, engine, metrics)
+    def create(settings: Settings, engine: Engine, metrics: Metrics, tracing: Tracing) -> FastAPI:
+        app = create_app(settings, engine, metrics, tracing)
         app.add_api_route(INSIDE_PATH, _inside)
         if is_leaking:
             app.add_middleware(Leaks)

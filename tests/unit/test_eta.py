@@ -24,6 +24,7 @@ def run_steps(clock: list[float], *steps: tuple[float, int]) -> list[float | Non
     async def run() -> list[float | None]:
         admitted = Admitted("a")
         handle = Handle("a", "a", admitted.request, lambda _: None, lambda *_: None)
+        handle.sent("0")
         estimates = [handle.eta_seconds]
         for at, step in steps:
             clock[0] = at
