@@ -1,5 +1,6 @@
 """A worker of the engine whose process is the worker's real loop, with a device that only takes time."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -82,10 +83,11 @@ class SimulatedPipeline:
     def finish(self, generations: Sequence[Generation]) -> list[Finish | Any]:
         """Takes time."""
         num_images = _num_images(generations)
-        seconds = self._costs.finish.seconds(num_images)
+        started_at = time.monotonic()
         self._owe(num_images * self._costs.finish.device_seconds)
-        self._compute(seconds)
-        return [Finish(NO_PICTURE, (False,) * one.num_images, seconds, 0.0) for one in generations]
+        self._compute(self._costs.finish.seconds(num_images))
+        ended_at = time.monotonic()
+        return [Finish(NO_PICTURE, (False,) * one.num_images, started_at, ended_at, ended_at) for one in generations]
 
     def preview(self, generations: Sequence[Generation]) -> list[None]:
         """Nothing to show."""

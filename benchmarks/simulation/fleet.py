@@ -262,12 +262,16 @@ def simulate_closed(fleet: Fleet, steps: Sequence[int], num_clients: int, max_se
 
 
 def _drive(run: _Run, begin: Callable[[_Run], object], is_over: Callable[[], bool]) -> None:
-    logging.getLogger("service").setLevel(logging.ERROR)  # Losses are what is asked for.
-
     async def within_a_loop() -> None:  # Where outcomes are futures; nobody awaits them.
         with run.time.in_place_of_the_real_one():
             run.start_workers()
             begin(run)
             run.time.run(is_over)
 
-    asyncio.run(within_a_loop())
+    logger = logging.getLogger("service")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # Losses are what is asked for.
+    try:
+        asyncio.run(within_a_loop())
+    finally:
+        logger.setLevel(level)

@@ -9,6 +9,7 @@ from service.api.a1111.options import CLIP_SKIP, LIVE_PREVIEWS, OVERRIDABLE, set
 from service.api.a1111.prompts import PromptWithLoras, split_prompt
 from service.api.a1111.samplers import Choice, choose
 from service.api.a1111.values import Values
+from service.api.field_types import MAX_IMAGES_PER_PROMPT
 from service.api.forms import InpaintForm, read_form
 from service.api.json_body import JSON_MEDIA_TYPE, decode_file, parse_json_object
 from service.api.multipart import Part
@@ -242,6 +243,10 @@ def _sampling_texts(values: Values, choice: Choice | None) -> Iterator[tuple[str
         if number < 1:
             values.refuse(name, "Input should be at least 1")
         num_images *= max(1, number)
+    if num_images > MAX_IMAGES_PER_PROMPT:
+        message = f"Input should be at most {MAX_IMAGES_PER_PROMPT} pictures, batch_size times n_iter"
+        values.refuse(max(("batch_size", "n_iter"), key=values.whole), message)
+        num_images = MAX_IMAGES_PER_PROMPT
     yield "num_images_per_prompt", str(num_images)
     if choice is None:
         return
