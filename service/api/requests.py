@@ -13,6 +13,7 @@ from service.api.async_documents import retry_headers, retry_seconds, state_text
 from service.api.async_events import request_events
 from service.api.async_request import REQUESTS_PATH, AsyncRequest
 from service.api.async_schemas import RequestState
+from service.api.etags import is_known
 from service.api.kept_result import KeptImage
 from service.api.openapi import Tag, problems
 from service.api.records import record_of
@@ -113,7 +114,7 @@ async def get_image(request_id: str, index: str, request: Request) -> Response:
         "ETag": f'"{one.id}-{index}"',
         "Cache-Control": "private, no-cache",  # To be asked for each time: it can be deleted.
     }
-    if {headers["ETag"], "*"} & set(_sent_tags(request)):
+    if is_known(request, headers["ETag"]):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     file = image.file
     headers |= image_headers(file, image.seed)
@@ -148,11 +149,6 @@ def _image(one: AsyncRequest, index: str) -> KeptImage:
     if index not in names:
         raise InpaintError(ErrorCode.NOT_FOUND, "The request has no such image.")
     return images[int(index)]
-
-
-def _sent_tags(request: Request) -> list[str]:
-    sent = ",".join(request.headers.getlist("If-None-Match")).split(",")
-    return [tag.strip().removeprefix("W/") for tag in sent]
 
 
 # --- documentation ----------------------------------------------------------------

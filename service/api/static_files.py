@@ -10,6 +10,8 @@ from typing import Self
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.api.etags import is_known
+
 _MEDIA_TYPES: Mapping[str, str] = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -66,7 +68,6 @@ class StaticFile:
             headers: Further headers.
         """
         headers = {**_HEADERS, "ETag": self.etag, **(headers or {})}
-        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")}
-        if known & {self.etag, "*"}:
+        if is_known(request, self.etag):
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
         return Response(self.data, headers=headers, media_type=self.media_type)
