@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from playwright.sync_api import Browser, Page, Request
 
 from tests.bundled_service import serving_bundled
 from tests.chromium import browser
+from tests.http.serving import LiveServer, serving
 
 __all__ = ["browser"]
 
@@ -64,7 +66,18 @@ def complaints() -> Iterator[Complaints]:
 
 
 @pytest.fixture
-def visit(browser: Browser, complaints: Complaints) -> Iterator[Callable[..., Page]]:
+def serve() -> Iterator[Callable[..., LiveServer]]:
+    """Starts services over the fake worker; keyword arguments are settings."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(serving(**settings))
+
+
+@pytest.fixture
+def visit(
+    browser: Browser,
+    complaints: Complaints,
+    serve: Callable[..., LiveServer],  # noqa: ARG001 - pages close before services do, and miss none
+) -> Iterator[Callable[..., Page]]:
     """Opens a page of a service in a fresh profile; keyword arguments are playwright's for the profile."""
     contexts = []
 
