@@ -165,7 +165,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=Path, help="JSON of UNet rows to seconds; by default those of an H200")
     parser.add_argument("--devices", type=_numbers(int), default=(1, 8, 64))
     parser.add_argument("--loads", type=_numbers(float), default=LOADS, help="shares of the capacity")
-    parser.add_argument("--max-images", type=int, help="that may share a step; 16")
+    parser.add_argument("--max-images", type=int, help="that may share a step; by default as many as an H200 chooses")
     parser.add_argument("--queue-size", type=int, default=64, help="requests that may wait")
     parser.add_argument("--minutes-to-loss", type=float, default=10.0, help="of each worker, where workers are lost")
     parser.add_argument(

@@ -30,7 +30,7 @@ from benchmarks.pieces import (
     same_rate_pieces,
 )
 from benchmarks.servers import Server
-from benchmarks.traffic import Mix, draw_jobs
+from benchmarks.traffic import Job, Mix, draw_jobs
 from benchmarks.watch import Watch, Watched
 
 MAX_CLOSED_JOBS = 4000
@@ -130,6 +130,7 @@ class Measurement:
             f"{self._plan.steps} steps, of {NAMES[self._bound_server()]}",
             "starts": self._starts,
             "served": self._served,
+            "settle_seconds": self._plan.settle_seconds,
             "pieces": [_entry(finding) for finding in self._findings],
             "left_out": self._left_out,
         }
@@ -145,8 +146,10 @@ class Measurement:
 
     def _take_one(self, piece: Piece, server: Server) -> None:
         metrics_url = server.base_url if piece.server == SERVICE else None
-        with Watch(server.pid, self._device, metrics_url, piece.seconds) as watch:
-            one = asyncio.run(send(server.url, piece, self._plan, self._seed))
+        requests = draw(piece, self._plan, self._seed)  # Before the watch: it takes a second in which nothing is sent.
+        settle_seconds = self._plan.settle_seconds if piece.kind in ("saturated", "open") else 0.0
+        with Watch(server.pid, self._device, metrics_url, piece.seconds, settle_seconds) as watch:
+            one = asyncio.run(send(server.url, piece, self._plan, requests))
         finding = Finding(piece, summary_of(one, self._bound_seconds()), *steady_rates(one), watch.seen)
         self._findings.append(finding)
         with (self._folder / "answers.jsonl").open("a", encoding="utf-8") as file:
@@ -169,7 +172,7 @@ class Measurement:
             clients=plan.lock_clients,
             max_jobs=plan.warm_up_jobs,
         )
-        one = asyncio.run(send(server.url, piece, plan, self._seed))
+        one = asyncio.run(send(server.url, piece, plan, draw(piece, plan, self._seed)))
         if not one.good:
             self.note_failure(key, f"no good answer: {one.answers[0].fault}")
         return bool(one.good)
@@ -216,24 +219,43 @@ class Measurement:
         print(text, file=sys.stderr, flush=True)
 
 
-async def send(url: str, piece: Piece, plan: Plan, seed: int) -> Round:
-    """One piece of load on one server; the same seed gives all servers the same requests."""
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What one piece of load sends.
+
+    Attributes:
+        jobs: Its requests, in order.
+        arrivals: When they are due, in seconds from the start; empty for a closed loop.
+    """
+
+    jobs: Sequence[Job]
+    arrivals: Sequence[float]
+
+
+def draw(piece: Piece, plan: Plan, seed: int) -> Drawn:
+    """The requests of one piece; the same seed gives all servers the same."""
     mix = Mix(piece.steps, {plan.size: 1.0})
+    if piece.kind in ("alone", "saturated"):
+        return Drawn(draw_jobs(piece.max_jobs or MAX_CLOSED_JOBS, mix, seed), ())
+    if piece.kind == "open":
+        arrivals = poisson_arrivals(piece.rate, piece.seconds, seed)
+    else:
+        arrivals = burst_arrivals(plan.burst_size, plan.burst_interval_seconds, piece.seconds, piece.rate, seed)
+    return Drawn(draw_jobs(len(arrivals), mix, seed), arrivals)
+
+
+async def send(url: str, piece: Piece, plan: Plan, drawn: Drawn) -> Round:
+    """One piece of load on one server."""
     async with open_client() as client:
         if piece.kind in ("alone", "saturated"):
-            jobs = draw_jobs(piece.max_jobs or MAX_CLOSED_JOBS, mix, seed)
             return await closed_loop(
-                client, url, jobs, piece.clients, piece.seconds, timeout_seconds=plan.timeout_seconds
+                client, url, drawn.jobs, piece.clients, piece.seconds, timeout_seconds=plan.timeout_seconds
             )
-        if piece.kind == "open":
-            arrivals = poisson_arrivals(piece.rate, piece.seconds, seed)
-        else:
-            arrivals = burst_arrivals(plan.burst_size, plan.burst_interval_seconds, piece.seconds, piece.rate, seed)
         return await open_loop(
             client,
             url,
-            draw_jobs(len(arrivals), mix, seed),
-            arrivals,
+            drawn.jobs,
+            drawn.arrivals,
             window_seconds=piece.seconds,
             timeout_seconds=plan.timeout_seconds,
         )

@@ -29,7 +29,7 @@ READING = (
 INSIDE = (
     "Time in steps is the sum of all steps' times over the whole load, its last answers included; the other two are "
     "means while requests were sent. The service's own gauge looks back ten seconds, so that shorter loads have none. "
-    "NVML's is the share of time with a kernel running."
+    "NVML's is the share of time with a kernel running, the first {settle_seconds:g} seconds left out."
 )
 PLOTS = {
     "latency": "Latency percentiles against the offered rate, by server",
@@ -82,11 +82,9 @@ def section(name: str, document: Document, pictures: Sequence[str]) -> str:
     parts = [
         f"## {name}",
         "\n".join(f"- {key}: {words(value)}" for key, value in document["facts"].items()),
-        overview(document),
-        _reading(document),
+        *((overview(document), _reading(document)) if document["pieces"] else ()),
         *(f"![{PLOTS[plot]}]({name}-{plot}.png)" for plot in pictures),
-        "### Given arrivals",
-        _open_table(document),
+        *_arrivals(document),
         *_service_parts(document),
         "### Start",
         _starts_table(document),
@@ -170,7 +168,7 @@ def _reading(document: Document) -> str:
     return " ".join(lines)
 
 
-def _open_table(document: Document) -> str:
+def _arrivals(document: Document) -> list[str]:
     header = ["server", "load", "offered/s", "answered/s", "p50, s", "p95, s", "p99, s", "goodput/s", "not good"]
     rows = [
         [
@@ -185,7 +183,7 @@ def _open_table(document: Document) -> str:
         for kind in ("open", "bursts")
         for piece in sorted(_kind(document, kind), key=lambda piece: (_order(piece), piece["rate"]))
     ]
-    return table(header, rows, num_texts=2) if rows else ""
+    return ["### Given arrivals", table(header, rows, num_texts=2)] if rows else []
 
 
 def _service_parts(document: Document) -> list[str]:
@@ -217,7 +215,8 @@ def _service_parts(document: Document) -> list[str]:
         ]
         for piece in loads
     ]
-    parts = ["### Inside this service", INSIDE, table(header, rows)]
+    inside = INSIDE.format(settle_seconds=document.get("settle_seconds", 0))
+    parts = ["### Inside this service", inside, table(header, rows)]
     for worker in document["served"].get("workers", ()):
         if worker["step_seconds"]:
             rows = [[str(number), f"{1000 * seconds:.1f}"] for number, seconds in worker["step_seconds"].items()]

@@ -46,6 +46,7 @@ class Plan:
         burst_interval_seconds: From one burst to the next.
         bursts_seconds: How long requests arrive in bursts.
         burst_background_share: Share of the capacity that arrives between bursts.
+        settle_seconds: From the start of a round, until the device is as busy as it gets.
         tail_seconds: What the last answers of a round are taken to need when a piece is fitted into the time left.
         timeout_seconds: A request without an answer by then is given up.
     """
@@ -66,6 +67,7 @@ class Plan:
     burst_interval_seconds: float
     bursts_seconds: float
     burst_background_share: float
+    settle_seconds: float
     tail_seconds: float
     timeout_seconds: float
 
@@ -87,6 +89,7 @@ FULL = Plan(
     burst_interval_seconds=6.0,
     bursts_seconds=12.0,
     burst_background_share=0.2,
+    settle_seconds=2.0,
     tail_seconds=4.0,
     timeout_seconds=60.0,
 )
@@ -107,6 +110,7 @@ TINY = Plan(
     burst_interval_seconds=1.0,
     bursts_seconds=1.0,
     burst_background_share=0.2,
+    settle_seconds=0.2,
     tail_seconds=0.5,
     timeout_seconds=20.0,
 )

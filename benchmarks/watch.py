@@ -93,15 +93,20 @@ class Watch:
         metrics_url: Where this service is, None for servers without its metrics.
         load_seconds: How long requests are sent. The device is not looked at after that: while
             the last answers come in it has less to do, and less the shorter the load is.
+        settle_seconds: From the start of these, how long the device is not looked at either: until the first
+            requests are in, and NVML's last period is one of the load.
     """
 
     seen: Watched
 
-    def __init__(self, pid: int, device: str, metrics_url: str | None, load_seconds: float) -> None:
+    def __init__(
+        self, pid: int, device: str, metrics_url: str | None, load_seconds: float, settle_seconds: float = 0.0
+    ) -> None:
         self._tree = _Tree(pid)
         self._gpu = _Gpu(device)
         self._metrics_url = metrics_url
         self._load_seconds = load_seconds
+        self._settle_seconds = settle_seconds
         self._client = httpx.Client(trust_env=False, timeout=SCRAPE_TIMEOUT_SECONDS)
         self._busy_ratios: list[float] = []
         self._is_over = threading.Event()
@@ -137,7 +142,7 @@ class Watch:
         while not self._is_over.wait(SAMPLE_SECONDS):
             number += 1
             seconds = time.perf_counter() - self._began_at
-            if seconds <= self._load_seconds:
+            if self._settle_seconds <= seconds <= self._load_seconds:
                 self._gpu.sample()
             if number % SAMPLES_PER_LOOK == 0:  # Walking through all processes takes milliseconds of the load's lock.
                 self._tree.sample()

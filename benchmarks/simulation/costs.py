@@ -98,23 +98,24 @@ H200 = Costs(
             for rows, milliseconds in {
                 2: 5.9,
                 4: 9.1,
-                6: 12.4,
-                8: 15.8,
-                12: 23.3,
-                16: 30.2,
-                20: 38.2,
-                24: 45.4,
-                28: 54.3,
-                32: 60.6,
+                6: 12.6,
+                8: 16.0,
+                12: 22.8,
+                16: 30.3,
+                20: 38.1,
+                24: 45.3,
+                28: 53.2,
+                32: 60.9,
             }.items()
         }
     ),
-    max_images=16,
-    prepare=StageCost(fixed_seconds=0.005, image_seconds=0.004, device_seconds=0.004),
-    finish=StageCost(fixed_seconds=0.0065, image_seconds=0.0082, device_seconds=0.0081),
+    max_images=6,
+    prepare=StageCost(fixed_seconds=0.024, image_seconds=0.004, device_seconds=0.006),
+    finish=StageCost(fixed_seconds=0.017, image_seconds=0.008, device_seconds=0.012),
     switch_seconds=0.0011,
+    edge_seconds=0.0075,
 )
-"""Stable Diffusion 1.5 inpainting at 512x512 in float16, compiled and captured: steps as measured; VAE encoder and
-decoder as measured for one image (4.0 and 8.1 ms), the safety checker 6.5 ms for one and 7.2 ms for eight, and a switch
-of LoRAs with convolutions. The text encoder's 5 ms are an estimate, and so is that all of the VAE's time is missing to
-the steps beside it."""
+"""Stable Diffusion 1.5 inpainting at 512x512 in float16, compiled and captured, as `benchmarks/results` has it: steps
+and the images that may share one as two starts found them (means), stages and edges of requests alone, and the device's
+time for what is beside the steps from the throughput of full batches, of which the VAE takes 12 ms. What each further
+image adds to a stage is the VAE's; the switch is one of LoRAs with convolutions, measured alone."""

@@ -89,9 +89,12 @@ def median_of(figures: Sequence[Figures]) -> Figures:
 def against_results(document: Mapping[str, Any], costs: Costs, seed: int) -> list[Comparison]:
     """What `benchmarks.gpu` measured of this service alone, saturated and under Poisson arrivals.
 
+    The device's time for preparing and finishing beside steps follows from one load, see `device_time_from`: the
+    throughput of that load is no prediction, everything else is.
+
     Args:
         document: Its results.
-        costs: What the results do not tell: the device's time for preparing and finishing beside steps.
+        costs: What the results do not tell.
         seed: That it was run with.
     """
     worker = document["served"]["workers"][0]
@@ -101,13 +104,42 @@ def against_results(document: Mapping[str, Any], costs: Costs, seed: int) -> lis
         max_images=worker["max_images"],
     )
     size = document["served"]["native_size"]
-    return [
-        _piece_against(piece, costs, size, seed)
+    pieces = [
+        piece
         for piece in document["pieces"]
         if piece["server"] == SERVICE
         and piece["kind"] in ("alone", "saturated", "open")
         and piece["figures"]["latency"] is not None
     ]
+    costs = device_time_from(pieces, costs)
+    return [_piece_against(piece, costs, size, seed) for piece in pieces]
+
+
+def device_time_from(pieces: Sequence[Mapping[str, Any]], costs: Costs) -> Costs:
+    """What preparing and finishing an image take of the device's time, from the last load that kept it saturated.
+
+    With `c` model calls an image, in full batches of `n` images: the time of an image less `c` times that of a step
+    over `n`. No metric tells it, because kernels of steps and of the jobs beside them run interleaved.
+
+    Args:
+        pieces: Of `benchmarks.gpu`; without a saturated one nothing changes.
+        costs: Its steps are those of the device; preparing and finishing share the time as they do here.
+    """
+    saturated = [piece for piece in pieces if piece["kind"] == "saturated"]
+    if not saturated or not costs.has_background:
+        return costs
+    latest = saturated[-1]
+    images = latest["steady_requests_per_second"]
+    calls = latest["steady_model_calls_per_second"] / images
+    stepping = calls * costs.step(2 * costs.max_images) / costs.max_images
+    beside = max(0.0, 1 / images - stepping)
+    known = costs.prepare.device_seconds + costs.finish.device_seconds
+    share = costs.prepare.device_seconds / known if known else 0.5
+    return replace(
+        costs,
+        prepare=replace(costs.prepare, device_seconds=share * beside),
+        finish=replace(costs.finish, device_seconds=(1 - share) * beside),
+    )
 
 
 def _piece_against(piece: Mapping[str, Any], costs: Costs, size: int, seed: int) -> Comparison:
@@ -124,7 +156,8 @@ def _piece_against(piece: Mapping[str, Any], costs: Costs, size: int, seed: int)
         per_second = piece["figures"]["achieved_per_second"]
     else:
         steps = [job.num_steps for job in draw_jobs(piece["max_jobs"] or MAX_CLOSED_JOBS, mix, seed)]
-        one = as_round(simulate_closed(fleet, steps, piece["clients"], piece["seconds"]), piece["seconds"])
+        simulated = simulate_closed(fleet, steps, piece["clients"], piece["seconds"])
+        one = as_round(simulated, min(piece["seconds"], simulated.seconds))
         predicted = figures_of(one, steady_rates(one)[0])
         per_second = piece["steady_requests_per_second"]
     measured = Figures(per_second, latency["p50_seconds"], latency["p95_seconds"])

@@ -23,6 +23,7 @@ from benchmarks.simulation.validation import (
     Figures,
     against_results,
     as_round,
+    device_time_from,
     figures_of,
     markdown,
     median_of,
@@ -39,6 +40,9 @@ PLAIN = Costs({2: 0.1, 4: 0.15, 6: 0.2, 8: 0.25}, 4, FREE, FREE, has_background=
 STAGED = replace(
     PLAIN, prepare=StageCost(0.01, 0.01), finish=StageCost(0.02, 0.01), edge_seconds=0.005, pipe_seconds=0.001
 )
+
+ROOMY = replace(H200, max_images=16)
+"""As many images share its steps as there are graphs for: batches of several keys have room beside one another."""
 
 
 def last_answer(simulated: Simulated) -> float:
@@ -96,7 +100,7 @@ def test_capacity_is_a_full_batch_with_its_stages() -> None:
     """Images a second are those of a batch over its steps and what preparing and finishing take of the device."""
     assert PLAIN.images_per_second(10) == pytest.approx(4 / (10 * 0.25))
     assert STAGED.images_per_second(10) == pytest.approx(4 / (10 * 0.25 + 4 * (0.02 + 0.03)))
-    assert H200.images_per_second(20) == pytest.approx(16 / (20 * 0.0606 + 16 * 0.0121))
+    assert H200.images_per_second(20) == pytest.approx(6 / (20 * 0.0228 + 6 * 0.018))
 
 
 def test_slowness_by_moment() -> None:
@@ -214,8 +218,8 @@ def test_a_seed_gives_the_same_again() -> None:
 @pytest.mark.parametrize("load", [0.6, 0.9])
 def test_two_populations_keep_to_their_workers(load: float) -> None:
     """Of two LoRAs on two devices each keeps to one: switches become rare, and latency sinks."""
-    traffic = poisson_traffic(load * 2 * H200.images_per_second(30), 40.0, (10, 50), (0.0, 0.5, 0.5), seed=1)
-    placed, blind = (simulate(Fleet((H200,) * 2, places_keys=places), traffic) for places in (True, False))
+    traffic = poisson_traffic(load * 2 * ROOMY.images_per_second(30), 40.0, (10, 50), (0.0, 0.5, 0.5), seed=1)
+    placed, blind = (simulate(Fleet((ROOMY,) * 2, places_keys=places), traffic) for places in (True, False))
     assert len(placed.painted) == len(blind.painted) == len(traffic)
     assert placed.switches < 0.65 * blind.switches
     assert sum(fate.seconds for fate in placed.fates) < sum(fate.seconds for fate in blind.fates)
@@ -223,8 +227,8 @@ def test_two_populations_keep_to_their_workers(load: float) -> None:
 
 def test_a_full_queue_is_served_by_key_without_empty_places() -> None:
     """Devices that are kept full switch weights seldom, and paint more for it."""
-    traffic = poisson_traffic(1.3 * 4 * H200.images_per_second(30), 12.0, (10, 50), (0.5, 0.25, 0.25), seed=1)
-    placed, blind = (simulate(Fleet((H200,) * 4, places_keys=places), traffic) for places in (True, False))
+    traffic = poisson_traffic(1.3 * 4 * ROOMY.images_per_second(30), 12.0, (10, 50), (0.5, 0.25, 0.25), seed=1)
+    placed, blind = (simulate(Fleet((ROOMY,) * 4, places_keys=places), traffic) for places in (True, False))
     assert placed.switches < 0.8 * blind.switches
     assert len(placed.painted) > len(blind.painted)
 
@@ -320,6 +324,24 @@ def test_validation_against_results() -> None:
     (far,) = against_results(results_of(PLAIN, factor=1.3), PLAIN, seed=1)
     assert not far.agrees
     assert "1 of 1 loads are off" in markdown([far])
+
+
+def test_device_time_follows_from_a_saturated_load() -> None:
+    """What a simulated device was told to take beside its steps is found again in its throughput."""
+    steps = [job.num_steps for job in draw_jobs(MAX_CLOSED_JOBS, Mix((20, 20), {64: 1.0}), 1)]
+    calls, images = steady_rates(as_round(simulate_closed(Fleet((H200,)), steps, 32, 20.0), 20.0))[::-1]
+    piece = {
+        "kind": "saturated",
+        "steady_requests_per_second": images,
+        "steady_model_calls_per_second": calls,
+    }
+    other = replace(H200, prepare=replace(H200.prepare, device_seconds=0.0))
+    found = device_time_from([{**piece, "steady_requests_per_second": 1.0}, piece], other)
+    assert found.prepare.device_seconds == 0.0
+    assert found.finish.device_seconds == pytest.approx(
+        H200.prepare.device_seconds + H200.finish.device_seconds, rel=0.15
+    )
+    assert device_time_from([], other) is other
 
 
 def test_comparison_of_medians() -> None:

@@ -2,11 +2,14 @@
 
 import math
 import os
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.scrape import Histogram, parse, use_between
-from benchmarks.watch import Watch, roles_of, visible_device
+from benchmarks.watch import SAMPLE_SECONDS, GpuUse, Watch, roles_of, visible_device
 from service.messages import Ticked
 from service.metrics import Metrics
 from tests.unit.benchmark_server import serving
@@ -116,3 +119,46 @@ def test_a_watch_of_a_server_without_metrics_goes_without() -> None:
         with Watch(os.getpid(), "cpu", url, 1.0) as watch:
             pass
         assert watch.seen.service is None
+
+
+class Nvml:
+    """As `pynvml`; notes when it was asked."""
+
+    NVMLError = OSError
+
+    def __init__(self) -> None:
+        self.asked_at: list[float] = []
+        self.was_asked = threading.Event()
+
+    def nvmlInit(self) -> None:  # noqa: N802 - NVML's names
+        """Nothing to do."""
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        """The index itself."""
+        return index
+
+    def nvmlDeviceGetUtilizationRates(self, _: object) -> SimpleNamespace:  # noqa: N802
+        """Half busy."""
+        self.asked_at.append(time.perf_counter())
+        self.was_asked.set()
+        return SimpleNamespace(gpu=50)
+
+    def nvmlDeviceGetMemoryInfo(self, _: object) -> SimpleNamespace:  # noqa: N802
+        """A few bytes."""
+        return SimpleNamespace(used=7)
+
+
+def test_a_device_is_looked_at_while_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before it has settled, and not when nothing is sent any more."""
+    nvml = Nvml()
+    monkeypatch.setattr("benchmarks.watch.pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    began_at = time.perf_counter()
+    with Watch(os.getpid(), "cuda:0", None, 60.0, settle_seconds=0.5) as watch:
+        assert nvml.was_asked.wait(30.0)
+    assert watch.seen.gpu == GpuUse(busy_ratio=0.5, max_memory_bytes=7, num_samples=len(nvml.asked_at))
+    assert nvml.asked_at[0] >= began_at + 0.5
+
+    with Watch(os.getpid(), "cuda:0", None, 0.0) as watch:
+        time.sleep(3 * SAMPLE_SECONDS)
+    assert watch.seen.gpu is None
