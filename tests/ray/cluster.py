@@ -222,7 +222,8 @@ class Load:
     def running(self, num_clients: int) -> Iterator["Load"]:
         """Ask until the block ends; every request that was sent is waited for."""
         stop = threading.Event()
-        thread = threading.Thread(target=lambda: asyncio.run(self._run(num_clients, stop)))
+        # A daemon: clients that are never answered fail the test below, and must not keep the process.
+        thread = threading.Thread(target=lambda: asyncio.run(self._run(num_clients, stop)), daemon=True)
         thread.start()
         try:
             yield self
