@@ -209,7 +209,7 @@ class Ticked:
         step_seconds: Wall time of the step.
         max_images: Images that may share the running batch now: it sinks when device memory did not suffice.
         busy_ratio: Share of the last seconds that the worker spent computing, 0 to 1.
-        memory_bytes: Device memory by kind ("allocated", "reserved"); empty on a CPU.
+        memory_bytes: Device memory by kind, see `service.worker.memory`.
         progress: Every running request.
     """
 

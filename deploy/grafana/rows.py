@@ -251,7 +251,7 @@ WORKERS = Row(
         ),
         Panel(
             "Device memory",
-            "By kind: allocated is in use, reserved is held. A CPU reports none.",
+            "By kind: allocated is in use, reserved is held; resident is what a CPU worker's process has.",
             "bytes",
             (Query("inpaint_gpu_memory_bytes{*}", "{{instance}} worker {{worker}} {{kind}}"),),
         ),

@@ -22,6 +22,7 @@ from service.worker.denoise import tick
 from service.worker.device_errors import is_out_of_memory
 from service.worker.faults import BatchTooLarge, DeviceLost
 from service.worker.finish import Finisher
+from service.worker.memory import memory_bytes
 from service.worker.pace import Pace
 from service.worker.prepare import Preparer
 from service.worker.slots import Slot, SlotBatch
@@ -180,14 +181,8 @@ class InpaintPipeline:
         return self._adapters.inspect(path)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Device memory by kind; empty on a CPU."""
-        device = self._components.device
-        if device.type != "cuda":
-            return {}
-        return {
-            "allocated": torch.cuda.memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-        }
+        """Device memory by kind."""
+        return memory_bytes(self._components.device)
 
     def _set_freeu(self, freeu: FreeU | None) -> None:
         """Stock's `enable_freeu`, for the batch whose turn it is."""
