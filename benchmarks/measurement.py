@@ -107,8 +107,8 @@ class Measurement:
         self._take(closed_pieces(plan, first), running)
         self._take(same_rate_pieces(plan, self._capacities(first), SAME_RATE_SHARE, plan.same_rate_seconds), running)
         self._take(burst_pieces(plan, self._capacities(first)), running)
-        self._take(own_rate_pieces(plan, self._capacities(first)), running)
         self._take(closed_pieces(plan, others), running)
+        self._take(own_rate_pieces(plan, self._capacities(running)), running)
         # The static server's own shares are its part of the comparison at these rates.
         able = {key: rate for key, rate in self._capacities(running).items() if key != STATIC}
         same_rates = [
@@ -118,7 +118,6 @@ class Measurement:
             if piece.server in able and not self._has(piece)
         ]
         self._take(same_rates, running)
-        self._take(own_rate_pieces(plan, self._capacities(others)), running)
         self._write()
 
     def document(self) -> dict[str, Any]:
