@@ -22,7 +22,7 @@ from service.worker.denoise import tick
 from service.worker.device_errors import is_out_of_memory
 from service.worker.faults import BatchTooLarge, DeviceLost
 from service.worker.finish import Finisher
-from service.worker.memory import memory_bytes
+from service.worker.memory import MemoryGauge
 from service.worker.pace import Pace
 from service.worker.prepare import Preparer
 from service.worker.slots import Slot, SlotBatch
@@ -112,6 +112,7 @@ class InpaintPipeline:
         self._captured: CapturedTicks | None = None
         self._captured_seconds: dict[int, float] = {}
         self._pace = Pace(components.device)
+        self._memory = MemoryGauge(components.device)
         if components.device.type == "cpu":
             self.lay_out_for_speed()
         if components.device.type == "cuda":
@@ -181,8 +182,8 @@ class InpaintPipeline:
         return self._adapters.inspect(path)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Device memory by kind."""
-        return memory_bytes(self._components.device)
+        """Device memory by kind, up to a second old."""
+        return self._memory.bytes_by_kind()
 
     def _set_freeu(self, freeu: FreeU | None) -> None:
         """Stock's `enable_freeu`, for the batch whose turn it is."""
