@@ -174,7 +174,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bound", type=float, default=BOUND, help="good answers take so many times what they take alone"
     )
-    parser.add_argument("--api-ms", type=float, default=API_MILLISECONDS, help="as benchmarks.edges measured them")
+    parser.add_argument(
+        "--api-ms",
+        type=float,
+        default=API_MILLISECONDS,
+        help="CPU of the API process for a request, as benchmarks.gpu or benchmarks.edges measured it",
+    )
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.out is None and not arguments.validate and arguments.validate_against is None:

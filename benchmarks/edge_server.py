@@ -3,7 +3,6 @@
 What is left to measure is the API process, on pictures as hard to encode as photographs.
 """
 
-import dataclasses
 import functools
 import sys
 from multiprocessing.connection import Connection
@@ -41,7 +40,6 @@ def photo_like(height: int, width: int, seed: int) -> NDArray[np.uint8]:
 
 def run(connection: Connection, settings: Settings, device: str, cpu_threads: int) -> None:
     """The worker's whole life: the fake one's, with another brush."""
-    fake_worker.MODEL = dataclasses.replace(fake_worker.MODEL, native_size=NATIVE_SIZE)
     fake_worker.paint = _paint
     fake_worker.run(connection, settings, device, cpu_threads)
 

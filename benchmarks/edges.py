@@ -118,7 +118,11 @@ def _serving() -> Iterator[tuple[str, psutil.Process]]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "benchmarks.edge_server", "serve", "--port", str(port)]
-    settings = {"INPAINT_MODEL": "fake", "INPAINT_DEVICES": "cpu", "INPAINT_MAX_IMAGES": str(NUM_CLIENTS)}
+    settings = {
+        "INPAINT_MODEL": f"fake?native_size={NATIVE_SIZE}",
+        "INPAINT_DEVICES": "cpu",
+        "INPAINT_MAX_IMAGES": str(NUM_CLIENTS),
+    }
     environment = {key: value for key, value in os.environ.items() if not key.startswith("INPAINT_")}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment | settings, stdout=log, stderr=log)

@@ -134,9 +134,9 @@ def api_section(points: Sequence[Point], costs: Costs, api_milliseconds: float) 
     measured = (
         "The simulation leaves the API process as much CPU as it likes. A real one has Python's lock: pictures are "
         "decoded and encoded in threads, most of the time without it, and everything else is one core's. "
-        f"`python -m benchmarks.edges` measured {api_milliseconds:.0f} ms of CPU for a request of 512x512, with a "
-        "worker that paints nothing; the router's own part beside many workers, the reports of all steps included, "
-        "comes on top, and was measured here."
+        f"`python -m benchmarks.gpu` measured {api_milliseconds:.0f} ms of CPU for a request of 512x512 and 20 steps "
+        "beside one device kept busy; what the router takes beside so many of them, the reports of all steps included, "
+        "was measured here, and is counted on top."
     )
     beyond = (
         f"Counted as one core, one API process ends at about {limit:.0f} requests/s, which is "
