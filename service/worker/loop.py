@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
@@ -31,13 +31,14 @@ from service.messages import (
     Submit,
     Ticked,
 )
-from service.request import InpaintResult, Moments, Pixels, Timings
+from service.request import Pixels
 from service.worker.attempts import Attempt, as_inpaint_error, attempt
 from service.worker.background import InlineJobs, Jobs, Lane
 from service.worker.batcher import Batcher, Generation
 from service.worker.busy import BusyClock
 from service.worker.faults import DeviceLost
 from service.worker.intake import Intake
+from service.worker.outcome import moments_of, result_of
 from service.worker.previews import Previews
 from service.worker.stages import Finish, Pipeline
 
@@ -264,7 +265,7 @@ class Worker:
     def _finished(self, outcome: tuple[float, Attempt[Finish]]) -> None:
         started_at, attempted = outcome
         for generation, finish in self._succeeded(attempted, self._num_images_beside):
-            self._end(generation, Finished(generation.request_id, _result(generation, finish, started_at)))
+            self._end(generation, Finished(generation.request_id, result_of(generation, finish, started_at)))
 
     # --- what becomes of a generation ------------------------------------------
 
@@ -309,7 +310,7 @@ class Worker:
     def _fail(self, generation: Generation, error: InpaintError) -> None:
         """It ends without a picture."""
         self._end(
-            generation, Failed(generation.request_id, error.code, error.message, error.field, _moments(generation))
+            generation, Failed(generation.request_id, error.code, error.message, error.field, moments_of(generation))
         )
 
     def _end(self, generation: Generation, answer: Finished | Failed) -> None:
@@ -327,41 +328,3 @@ class Worker:
 
     def _report(self, report: Report) -> None:
         self._connection.send(report)
-
-
-def _result(generation: Generation, finish: Finish, finish_started_at: float) -> InpaintResult:
-    """The pictures, and where the time went: whatever was not work on it counts as queue."""
-    admitted_at = generation.request.admitted_at
-    return InpaintResult(
-        images=finish.images,
-        nsfw=finish.nsfw,
-        timings=Timings(
-            queue=(generation.prepare_started_at - admitted_at)
-            + (generation.joined_at - generation.prepared_at)
-            + (finish_started_at - generation.denoised_at),
-            prepare=generation.prepared_at - generation.prepare_started_at,
-            denoise=generation.denoised_at - generation.joined_at,
-            vae_decode=finish.decoded_at - finish.decode_started_at,
-            safety=finish.checked_at - finish.decoded_at,
-            time_to_first_step=generation.first_step_at - admitted_at,
-        ),
-        mean_images=generation.shared_images / generation.steps_done,
-        moments=replace(
-            _moments(generation),
-            finish_started_at=finish_started_at,
-            decode_started_at=finish.decode_started_at,
-            decoded_at=finish.decoded_at,
-            checked_at=finish.checked_at,
-        ),
-    )
-
-
-def _moments(generation: Generation) -> Moments:
-    """How far it came, up to its last step; what it did not come to is 0 there."""
-    return Moments(
-        prepare_started_at=generation.prepare_started_at or None,
-        prepared_at=generation.prepared_at or None,
-        joined_at=generation.joined_at or None,
-        first_step_at=generation.first_step_at or None,
-        denoised_at=generation.denoised_at or None,
-    )
