@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.problems import CLIENT_CLOSED_REQUEST, STATUS, internal_error, problem, problem_response
+from service.api.problems import CLIENT_CLOSED_REQUEST, STATUS, internal_error, problem_response
 from service.api.records import ErrorForm, RequestRecord, attach_record, new_record
 from service.errors import ErrorCode
 from service.metrics import Metrics
@@ -32,17 +32,17 @@ class AccessLog:
     Args:
         app: What to wrap.
         metrics: Where to count.
-        error_forms: How clients of other wire formats are told of errors, by what their paths begin with.
+        error_form_of: How clients are told of errors, by the path that they ask for.
         tracing: Where each request's trace begins.
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, error_forms: Mapping[str, ErrorForm], tracing: Tracing = NO_TRACING
+        self, app: ASGIApp, metrics: Metrics, error_form_of: Callable[[str], ErrorForm], tracing: Tracing = NO_TRACING
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._tracing = tracing
-        self._error_forms = error_forms
+        self._error_form_of = error_form_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -50,7 +50,7 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         started_at = time.monotonic()
-        record = new_record(Headers(scope=scope), self._error_form(scope["path"]))
+        record = new_record(Headers(scope=scope), self._error_form_of(scope["path"]))
         attach_record(scope, record)
         endpoint = _endpoint(scope)
         if endpoint not in _QUIET_ENDPOINTS:
@@ -84,9 +84,6 @@ class AccessLog:
         finally:
             self._note(scope, endpoint, record, status or CLIENT_CLOSED_REQUEST, time.monotonic() - started_at)
             _end_spans(record, status)
-
-    def _error_form(self, path: str) -> ErrorForm:
-        return next((form for prefix, form in self._error_forms.items() if path.startswith(prefix)), problem)
 
     def _note(self, scope: Scope, endpoint: str, record: RequestRecord, status: int, seconds: float) -> None:
         self._metrics.request_done(endpoint, status, seconds)

@@ -95,7 +95,7 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics, tracing: Tr
         docs.add_routes(app)
     app.add_middleware(Gate, settings=settings, keys=keys, engine=engine)
     app.add_middleware(
-        AccessLog, metrics=metrics, error_forms=wire_formats.ERROR_FORMS, tracing=tracing
+        AccessLog, metrics=metrics, error_form_of=wire_formats.error_form_of, tracing=tracing
     )  # The last one is the outermost.
     return app
 

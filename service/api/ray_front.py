@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.answers import EVENT_STREAM_MEDIA_TYPE, event_text
-from service.api.problems import problem, problem_body, problem_response
+from service.api.problems import problem_body, problem_response
 from service.api.ray_replica import ELSEWHERE, MARK
 from service.api.records import RequestRecord, attach_record, new_record
-from service.api.wire_formats import ERROR_FORMS
+from service.api.wire_formats import error_form_of
 from service.errors import ErrorCode, InpaintError
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,7 @@ class Front:
         if scope["type"] != "http" or scope["path"].startswith(_RAYS_PATHS):
             await self._app(scope, receive, send)
             return
-        error_form = next((form for prefix, form in ERROR_FORMS.items() if scope["path"].startswith(prefix)), problem)
-        record = new_record(Headers(scope=scope), error_form)
+        record = new_record(Headers(scope=scope), error_form_of(scope["path"]))
         headers = _without_rays([(name.lower(), value) for name, value in scope["headers"]])
         headers.append((_REQUEST_ID, record.request_id.encode()))
         max_bytes = self._max_kept_bytes if scope["method"] in _REPEATABLE_METHODS else -1
