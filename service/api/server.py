@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from math import ceil
 
 import uvicorn
@@ -75,15 +75,22 @@ def _tracing(settings: Settings) -> Tracing:
         StartupError: Its packages are missing, or its variables do not fit.
     """
     url = traces_url(settings)
-    if url is None:
-        return NO_TRACING
+    return NO_TRACING if url is None else require_tracing()(url)
+
+
+def require_tracing() -> Callable[[str], Tracing]:
+    """What opens tracing to a collector's URL.
+
+    Raises:
+        StartupError: Its packages are missing.
+    """
     try:
-        from service.tracing import open_tracing  # noqa: PLC0415 - see above
+        from service.tracing import open_tracing  # noqa: PLC0415 - OpenTelemetry's SDK is loaded with it
     except ImportError:
         raise StartupError(
             "an OTLP endpoint is set, and the packages for tracing are missing: pip install 'inpaint-service[tracing]'"
         ) from None
-    return open_tracing(url)
+    return open_tracing
 
 
 def server_config(app: ASGIApp, *, has_lifespan: bool = True) -> uvicorn.Config:

@@ -4,17 +4,18 @@ import contextlib
 import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
 from service.api.keys import load_keys
-from service.api.server import listen
+from service.api.server import listen, require_tracing
 from service.doctor.machine import check_folder
 from service.engine.adapters import REFUSED_SUFFIXES, adapter_folder
 from service.engine.lora_file import check_safetensors
 from service.errors import InpaintError, StartupError
 from service.findings import Finding
-from service.settings import Settings, given_variables
+from service.settings import Settings, given_variables, traces_url
 
 
 def survey_environment() -> Iterator[Finding]:
@@ -35,6 +36,7 @@ def survey_configuration(settings: Settings) -> Iterator[Finding]:
         # A worker that compiles does not start without; one on a CPU never looks for it.
         is_needed = settings.compile != "off" and settings.devices != ("cpu",)
         yield check_folder("compiled code", settings.compile_cache.expanduser(), is_needed=is_needed)
+    yield from _traces(settings)
 
 
 def survey_hub_cache() -> Finding:
@@ -69,6 +71,20 @@ def _keys(settings: Settings) -> Finding:
     if not keys.clients and not keys.admins:
         return Finding("API keys", "ok", "none: whoever is on this machine may paint", "", facts)
     return Finding("API keys", "ok", f"{len(keys.clients)} of clients, {len(keys.admins)} of administrators", "", facts)
+
+
+def _traces(settings: Settings) -> Iterator[Finding]:
+    """Where they go, if anywhere, and whether the packages for that are there; the collector is not asked."""
+    try:
+        url = traces_url(settings)
+        if url is None:
+            return
+        require_tracing()
+    except StartupError as error:
+        yield Finding("traces", "fail", str(error))
+        return
+    # Not the whole URL: it may hold a password.
+    yield Finding("traces", "ok", f"sent to {urlsplit(url).hostname}")
 
 
 def _is_loopback(host: str) -> bool:

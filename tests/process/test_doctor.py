@@ -113,6 +113,25 @@ def test_keys_that_cannot_be_read_fail(doctor: Callable[..., Report], tmp_path: 
     assert "sesame" not in json.dumps(report)
 
 
+def test_traces(doctor: Callable[..., Report], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they would go is said without the password; without packages or a URL `serve` would not start."""
+    assert not [finding for finding in doctor()["checks"] if finding["topic"] == "traces"]
+    report = doctor(otlp_endpoint="http://me:sesame@collector:4318")
+    assert check(report, "traces") == {
+        "topic": "traces",
+        "state": "ok",
+        "text": "sent to collector",
+        "hint": "",
+        "facts": {},
+    }
+    monkeypatch.setitem(sys.modules, "service.tracing", None)
+    report = doctor(otlp_endpoint="http://collector:4318")
+    assert (report["status"], check(report, "traces")["state"]) == (1, "fail")
+    assert "inpaint-service[tracing]" in check(report, "traces")["text"]
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector")
+    assert check(doctor(), "traces")["state"] == "fail"
+
+
 def test_open_service_is_a_warning(doctor: Callable[..., Report]) -> None:
     """Without keys on an address that others can reach: said, but no failure; on loopback all is well."""
     report = doctor(host="0.0.0.0")  # noqa: S104 - nothing is served
