@@ -47,6 +47,9 @@ RESERVED_DESCRIPTORS = 32
 SURPLUS_SECONDS = 1.0
 """How long one connection too many waits for its request: closing before it has come would reset the connection."""
 
+_PIECE_BYTES = 64 * 1024
+"""Of what has arrived, how much h11 gets to see at once."""
+
 # h11 merges equal ones, so that they cannot be told from one.
 _CONTENT_LENGTH = re.compile(rb"^content-length[ \t]*:", re.IGNORECASE | re.MULTILINE)
 _END_OF_HEAD = b"\r\n\r\n"
@@ -87,6 +90,13 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have arrived: of a head, or of a body."""
+        # h11 bounds what is incomplete: of what arrives all at once it would take any size.
+        for begin in range(0, len(data), _PIECE_BYTES):
+            if begin and self.transport.is_closing():
+                return  # It was refused.
+            self._take(data[begin : begin + _PIECE_BYTES])
+
+    def _take(self, data: bytes) -> None:
         if self._is_surplus:
             self._refuse_surplus()
             return

@@ -9,6 +9,8 @@ import json
 import pickle
 import socket
 import tempfile
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -306,6 +308,18 @@ def test_bad_request_has_its_answer(server: LiveServer, row: Row) -> None:
     assert "Traceback" not in shown
     with server.raw(head("Host: a", method="GET", path="/healthz")) as connection:
         assert read_answer(connection)[0] == 200
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.status == 431], ids=lambda row: row.name)
+def test_size_counts_however_it_arrives(server: LiveServer, row: Row) -> None:
+    """What is too large is refused also where all of it has come before the server looks."""
+    with server.raw() as connection:
+        sending = threading.Thread(target=connection.sendall, args=(row.sent,), daemon=True)
+        server.loop.call_soon_threadsafe(time.sleep, 0.5)
+        sending.start()
+        status, headers, received = read_answer(connection)
+        check_problem(headers, received[: int(headers["content-length"])], row.status, row.code)
+        assert status == row.status
 
 
 @pytest.mark.parametrize(
