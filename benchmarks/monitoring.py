@@ -23,7 +23,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,7 @@ from benchmarks.monitoring_report import Found, Phase, panels_of, report, verdic
 from benchmarks.report import machine_facts
 from benchmarks.servers import Server, ServerFailedError, Where, inpaint_service
 from benchmarks.verdicts import all_hold
+from tests.http.receiver import receiving
 
 BUNDLED = "demo"
 QUEUE_SIZE = 64
@@ -54,6 +56,8 @@ GIVE_UP_SECONDS = 30.0
 CALM_SECONDS = 15.0
 POLL_SECONDS = 0.25
 FEW = 3
+MANY = 24
+"""More than are prepared ahead, uploaded or decoded at once: of so many clients beyond all places some are refused."""
 
 
 class Run:
@@ -64,11 +68,22 @@ class Run:
         watcher: Prometheus, scraping it.
         demand: Of faults in the workers.
         log: The service's.
+        webhook: Headers that ask to be told of a request's end.
         seed: Of the requests.
     """
 
-    def __init__(self, server: Server, watcher: Prometheus, demand: Demand, log: Path, seed: int) -> None:
+    def __init__(
+        self,
+        server: Server,
+        watcher: Prometheus,
+        demand: Demand,
+        log: Path,
+        *,
+        webhook: Mapping[str, str],
+        seed: int,
+    ) -> None:
         self._server = server
+        self._webhook = webhook
         self._watcher = watcher
         self._demand = demand
         self._log = log
@@ -86,7 +101,7 @@ class Run:
         slower = Crowd(address, [case.wire({}) for case in _small(served, served.size // 2, 3, self._seed)])
         pirates = Crowd(address, [_flagged(case).wire({}) for case in _small(served, served.size // 2, 4, self._seed)])
         try:
-            await _repeat_and_hang_up(address, served, self._seed)
+            await _ask_otherwise(address, served, self._webhook, self._seed)
             await self._ask_too_much(quick, slower, pirates, served)
             await self._break_workers(quick)
         finally:
@@ -109,10 +124,10 @@ class Run:
 
         slower.become(served.max_images)
         growing = asyncio.create_task(slower.grow(served.max_images + QUEUE_SIZE, 30.0))
-        await self._phase("each second two clients more", {"InpaintQueueGrowing"})
+        await self._phase("each second two clients more", {"InpaintQueueGrowing", "InpaintSlow"})
         growing.cancel()
-        slower.become(served.max_images + QUEUE_SIZE + FEW)
-        await self._phase("more clients than places", {"InpaintRejecting", "InpaintSlow"})
+        slower.become(served.max_images + QUEUE_SIZE + MANY)
+        await self._phase("more clients than places", {"InpaintRejecting"})
 
         slower.become(served.max_images + QUEUE_SIZE // 2)
         with self._stopped(0):
@@ -227,11 +242,12 @@ async def _usual_seconds(server: Server, seed: int) -> float:
     return longest
 
 
-async def _repeat_and_hang_up(address: Address, served: Served, seed: int) -> None:
-    """What panels show besides pictures: an answer given again, and a client that does not wait for its own."""
+async def _ask_otherwise(address: Address, served: Served, webhook: Mapping[str, str], seed: int) -> None:
+    """What panels show besides pictures: an answer given again, one that is kept and told of, and a hang-up."""
     case = equal_cases(served, 3, seed)[0]
     for _ in range(2):
         await exchange(address, case.wire({"Idempotency-Key": "monitoring"}), 60.0)
+    await exchange(address, case.wire({"Prefer": "respond-async", **webhook}), 60.0)
     long: Wire = equal_cases(served, 100, seed)[0].wire({})
     await exchange(address, long, 1.0)
 
@@ -269,7 +285,10 @@ def _watch(binary: str, arguments: argparse.Namespace) -> Found:
         demand = Demand(folder / "faults")
         demand.folder.mkdir()
         log = folder / "service.log"
+        receiver = stack.enter_context(receiving())
         environment = {
+            "INPAINT_WEBHOOK_HOSTS": receiver.host,
+            "INPAINT_WEBHOOK_SECRET": f"whsec_{b64encode(bytes(32)).decode()}",
             "INPAINT_LOG_LEVEL": "info",
             "INPAINT_LOG_FORMAT": "text",
             "INPAINT_QUEUE_SIZE": str(QUEUE_SIZE),
@@ -287,7 +306,7 @@ def _watch(binary: str, arguments: argparse.Namespace) -> Found:
         bounds = {"InpaintSlow": ("> 30", f"> {slow_seconds:.3g}"), "InpaintFlaggedShareHigh": FEWER_IMAGES}
         watcher = stack.enter_context(prometheus(binary, folder / "prometheus", target, bounds))
         try:
-            return asyncio.run(Run(server, watcher, demand, log, arguments.seed).take())
+            return asyncio.run(Run(server, watcher, demand, log, webhook=receiver.url(), seed=arguments.seed).take())
         finally:
             (arguments.out / "monitoring.log").write_bytes(log.read_bytes())
 
