@@ -1,7 +1,6 @@
 """Which requests run, which are repetitions, and what remembering them takes."""
 
 import tracemalloc
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -9,20 +8,10 @@ from hypothesis import strategies as st
 
 from service.api.kept_answers import ENTRY_BYTES, Answer, Claim, KeptAnswers
 from service.errors import ErrorCode, InpaintError
+from tests.unit.clock import Clock
 
 ROOM_BYTES = 3 * (1000 + ENTRY_BYTES)
 """For three answers of 1,000 bytes."""
-
-
-@dataclass
-class Clock:
-    """A clock that goes when it is told to."""
-
-    now: float = 100.0
-
-    def __call__(self) -> float:
-        """The time in seconds."""
-        return self.now
 
 
 @pytest.fixture

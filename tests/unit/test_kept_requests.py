@@ -10,21 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from service.api.kept_requests import ENTRY_BYTES, KeptRequests, _Shelf
 from service.engine.clients import ANONYMOUS, Client
 from service.errors import ErrorCode, InpaintError
+from tests.unit.clock import Clock
 
 ALICE, BOB, CAROL = (Client(number, name) for number, name in ((1, "alice"), (2, "bob"), (3, "carol")))
 UNIT = 1000 + ENTRY_BYTES
 """What a result of 1,000 bytes takes."""
-
-
-@dataclass
-class Clock:
-    """A clock that goes when it is told to."""
-
-    now: float = 100.0
-
-    def __call__(self) -> float:
-        """The time in seconds."""
-        return self.now
 
 
 @pytest.fixture
