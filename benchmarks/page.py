@@ -29,7 +29,7 @@ READING = (
 INSIDE = (
     "Time in steps is the sum of all steps' times over the whole load, its last answers included; the other two are "
     "means while requests were sent. The service's own gauge looks back ten seconds, so that shorter loads have none. "
-    "NVML's is the share of time with a kernel running, the first {settle_seconds:g} seconds left out."
+    "NVML's is the share of time with a kernel running{left_out}."
 )
 PLOTS = {
     "latency": "Latency percentiles against the offered rate, by server",
@@ -215,8 +215,9 @@ def _service_parts(document: Document) -> list[str]:
         ]
         for piece in loads
     ]
-    inside = INSIDE.format(settle_seconds=document.get("settle_seconds", 0))
-    parts = ["### Inside this service", inside, table(header, rows)]
+    settle_seconds = document.get("settle_seconds", 0)
+    left_out = f", the first {settle_seconds:g} seconds left out" if settle_seconds else ""
+    parts = ["### Inside this service", INSIDE.format(left_out=left_out), table(header, rows)]
     for worker in document["served"].get("workers", ()):
         if worker["step_seconds"]:
             rows = [[str(number), f"{1000 * seconds:.1f}"] for number, seconds in worker["step_seconds"].items()]
