@@ -7,13 +7,10 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from service.worker.compiled import compiled
-from service.worker.graphs import GraphedFunction
+from service.worker.graphs import BATCH_SIZES, GraphedFunction
 
 MAX_BATCH = 8
 """Pictures at once; more would only need more memory."""
-
-BATCH_SIZES = (1, 2, 3, 4, 6, 8)
-"""To capture."""
 
 
 class Autoencoder:

@@ -51,6 +51,11 @@ class Finisher:
         checker = components.safety_checker
         self._safety = None if checker is None else SafetyCheck(checker, components.feature_extractor)
 
+    def capture_safety_checker(self) -> None:
+        """Have pictures checked by a captured graph from now on, where they are; see `SafetyCheck.capture`."""
+        if self._safety is not None:
+            self._safety.capture()
+
     def finish(self, generations: Sequence[Sequence[Slot]], outputs: Sequence[Output]) -> list[Finish | InpaintError]:
         """Pictures of each request, or why it has none; times are of the batch that it shared.
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+BATCH_SIZES = (1, 2, 3, 4, 6, 8)
+"""To capture: few, and never far apart."""
+
 BatchFunction = Callable[[torch.Tensor], torch.Tensor]
 
 

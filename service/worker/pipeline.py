@@ -277,6 +277,16 @@ class InpaintPipeline:
         """Whether it computes a batch as a whole."""
         return self._autoencoder.can_be_captured
 
+    @_device_faults
+    def capture_text_encoder(self) -> None:
+        """Have prompts encoded by a captured graph from now on."""
+        self._preparer.capture_text_encoder()
+
+    @_device_faults
+    def capture_safety_checker(self) -> None:
+        """Have pictures checked by a captured graph from now on; without a checker, nothing happens."""
+        self._finisher.capture_safety_checker()
+
     def _tick_shape(self) -> TickShape:
         components = self._components
         info, size = components.info, components.info.native_size // components.info.latent_multiple

@@ -87,6 +87,10 @@ class Preparer:
         self._is_plain_unet = components.info.unet_in_channels == 4  # noqa: PLR2004 - 4 latent channels and no mask
         self._decoder_sees_picture = isinstance(components.vae, AsymmetricAutoencoderKL)
 
+    def capture_text_encoder(self) -> None:
+        """Have prompts encoded by a captured graph from now on; see `PromptEncoder.capture`."""
+        self._texts.capture()
+
     def prepare(self, requests: Sequence[InpaintRequest]) -> list[list[Slot]]:
         """Slots of each request, one per image.
 

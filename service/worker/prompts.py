@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from service.errors import ErrorCode, InpaintError
 from service.request import PromptSyntax
+from service.worker.graphs import BATCH_SIZES, GraphedFunction
 from service.worker.prompt_syntax import Chunk, parse, split_into_chunks
 from service.worker.textual_inversion import further_vectors
 
@@ -96,6 +97,19 @@ class PromptEncoder:
         inner = getattr(text_encoder, "text_model", text_encoder)
         self._final_layer_norm: torch.nn.Module = inner.final_layer_norm
         self.max_clip_skip = int(text_encoder.config.num_hidden_layers)
+        self._takes_mask = bool(getattr(text_encoder.config, "use_attention_mask", False))
+        self._captured: GraphedFunction | None = None
+
+    def capture(self) -> None:
+        """Have chunks of the full length, all layers of them, encoded by a captured graph from now on, on CUDA.
+
+        Raises:
+            torch.OutOfMemoryError: It does not fit.
+        """
+        if self._takes_mask:
+            return
+        example = torch.full((1, self._max_tokens), self._tokenizer.eos_token_id, device=self._text_encoder.device)
+        self._captured = GraphedFunction(self._last_hidden_state, example, BATCH_SIZES)
 
     def encode(self, prompts: Iterable[Prompt], weights: Hashable = ()) -> dict[Prompt, torch.Tensor]:
         """Embeddings of every prompt, (T, D) each, in the encoder's dtype and on its device.
@@ -147,8 +161,10 @@ class PromptEncoder:
         """(T, D) for each row; all rows have the same T."""
         device = self._text_encoder.device
         ids = torch.tensor([row.ids for row in rows], device=device)
+        if self._captured is not None and self._captured.fits(ids) and not any(row.clip_skip for row in rows):
+            return list(self._captured(ids))
         mask = None
-        if getattr(self._text_encoder.config, "use_attention_mask", False):
+        if self._takes_mask:
             positions = torch.arange(ids.shape[1], device=device)
             mask = (positions < torch.tensor([[row.num_used] for row in rows], device=device)).long()
         output = self._text_encoder(ids, attention_mask=mask, output_hidden_states=any(row.clip_skip for row in rows))
@@ -158,6 +174,10 @@ class PromptEncoder:
             else output.last_hidden_state[index]
             for index, row in enumerate(rows)
         ]
+
+    def _last_hidden_state(self, ids: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self._text_encoder(ids).last_hidden_state
+        return states
 
     def _rows(self, number: int, prompt: Prompt) -> list[_Row]:
         num_tokens = self._num_tokens(prompt)

@@ -13,6 +13,7 @@ from service.errors import ErrorCode, InpaintError
 from service.request import Pixels
 from service.worker.clip_pixels import ClipPixels, is_reproducible
 from service.worker.device_errors import is_out_of_memory
+from service.worker.graphs import BATCH_SIZES, GraphedFunction
 
 
 class SafetyCheck:
@@ -39,6 +40,16 @@ class SafetyCheck:
             thresholds.data = thresholds.data.cpu()
         self._seen = _SeenEmbeds()
         checker.visual_projection.register_forward_hook(self._seen.note)
+
+    def capture(self) -> None:
+        """Have pictures looked at by a captured graph from now on, on CUDA; then one thread checks.
+
+        Raises:
+            torch.OutOfMemoryError: It does not fit.
+        """
+        side = self._checker.config.vision_config.image_size
+        example = torch.zeros(1, 3, side, side, dtype=self._dtype, device=self._device)
+        self._checker.vision_model = _CapturedVision(self._checker.vision_model, example)
 
     def verdicts(self, images: Sequence[Pixels] | torch.Tensor) -> list[bool]:
         """Whether each picture is flagged.
@@ -80,6 +91,29 @@ class SafetyCheck:
             [Image.fromarray(array) for array in arrays], return_tensors="pt"
         ).pixel_values
         return extracted.to(device=self._device, dtype=self._dtype)
+
+
+class _CapturedVision(torch.nn.Module):
+    """The checker's vision model, from a graph for as many pictures as there is one for.
+
+    Args:
+        model: Takes (N, 3, h, w) pixel values; of what it gives, the checker reads the second, pooled states.
+        example: (1, 3, h, w), on its device and of its type.
+    """
+
+    def __init__(self, model: torch.nn.Module, example: torch.Tensor) -> None:
+        super().__init__()
+        self._model = model
+        self._pooled = GraphedFunction(self._compute, example, BATCH_SIZES)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[None, torch.Tensor]:
+        """(N, D) pooled states, where the checker looks for them."""
+        compute = self._pooled if self._pooled.fits(pixel_values) else self._compute
+        return None, compute(pixel_values)
+
+    def _compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor = self._model(pixel_values)[1]
+        return pooled
 
 
 class _SeenEmbeds(threading.local):

@@ -25,6 +25,10 @@ class TextConditions:
         """Layers that the text encoder can leave out."""
         return self._encoder.max_clip_skip
 
+    def capture(self) -> None:
+        """Have prompts encoded by a captured graph from now on; see `PromptEncoder.capture`."""
+        self._encoder.capture()
+
     def embeds(self, requests: Sequence[InpaintRequest]) -> list[tuple[torch.Tensor, ...]]:
         """(T, D) of the prompt, behind that of the negative prompt when guided, for each request.
 

@@ -193,12 +193,10 @@ def _speed_up(pipeline: InpaintPipeline, settings: Settings, on_stage: Callable[
     _capture(pipeline, settings, on_stage, max_rows, f"{size}x{size}")
     if pipeline.can_capture_autoencoder:
         on_stage(f"compiling the VAE for {size}x{size}")
-        try:
-            pipeline.capture_autoencoder()
-        except DeviceLost:
-            raise
-        except Exception as error:  # noqa: BLE001 - as of the UNet
-            _give_up("compile the VAE", settings, error)
+        _or_give_up("compile the VAE", settings, pipeline.capture_autoencoder)
+    on_stage("capturing the text encoder and the safety checker")
+    _or_give_up("capture the text encoder", settings, pipeline.capture_text_encoder)
+    _or_give_up("capture the safety checker", settings, pipeline.capture_safety_checker)
     logger.info("compiled and captured in %.1f s", time.monotonic() - started_at)
 
 
@@ -221,6 +219,15 @@ def _capture(
             _give_up("compile the UNet" if is_compiled else "capture steps", settings, error)
         else:
             return
+
+
+def _or_give_up(what: str, settings: Settings, capture: Callable[[], None]) -> None:
+    try:
+        capture()
+    except DeviceLost:
+        raise
+    except Exception as error:  # noqa: BLE001 - as of the UNet
+        _give_up(what, settings, error)
 
 
 def _give_up(what: str, settings: Settings, error: Exception) -> None:

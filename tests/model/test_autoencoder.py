@@ -1,6 +1,6 @@
 """The VAE in batches, and functions of batches as graphs: what is captured is used where it fits, and only there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +11,11 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
 
 from service.settings import Settings
 from service.worker import autoencoder
-from service.worker.autoencoder import BATCH_SIZES, MAX_BATCH, Autoencoder
+from service.worker.autoencoder import MAX_BATCH, Autoencoder
 from service.worker.checkpoint import load
-from service.worker.graphs import GraphedFunction
+from service.worker.graphs import BATCH_SIZES, GraphedFunction
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
+from tests.model.graphs import Graph
 
 CPU = torch.device("cpu")
 LATENTS = NATIVE_SIZE // 8
@@ -40,28 +41,6 @@ def latents(count: int, height: int = LATENTS) -> torch.Tensor:
 
 
 # --- the VAE -----------------------------------------------------------------
-
-
-class Graph:
-    """Stands for a captured function: computes what fits, and notes it."""
-
-    made: Sequence["Graph"] = ()
-
-    def __init__(
-        self, function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor, batch_sizes: Sequence[int]
-    ) -> None:
-        self._function, self._example, self._batch_sizes = function, example, batch_sizes
-        self.seen: list[int] = []
-        Graph.made = [*Graph.made, self]
-
-    def fits(self, batch: torch.Tensor) -> bool:
-        """As a captured one."""
-        return batch.shape[1:] == self._example.shape[1:] and len(batch) <= max(self._batch_sizes)
-
-    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        """As the function."""
-        self.seen.append(len(batch))
-        return self._function(batch)
 
 
 @pytest.fixture

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from service.errors import ErrorCode, InpaintError
+from service.worker import prompts
 from service.worker.checkpoint_source import BUNDLED_FOLDER
+from service.worker.graphs import BATCH_SIZES
 from service.worker.prompt_syntax import MAX_CHUNKS
 from service.worker.prompts import MAX_CHUNKS_AT_ONCE, Prompt, PromptEncoder
+from tests.model.graphs import Graph
 from tests.model.stock import Stock
 
 PROMPTS = ["", "a red house", "a green tree, by the water; (not) [x]", "word " * 100, "é 日本 🏴 " * 20]
@@ -268,3 +271,55 @@ def test_longest_prompts_are_bounded(prompt: str, parts: Parts) -> None:
     assert num_tokens % 77 == 0
     assert 77 < num_tokens <= 77 * MAX_CHUNKS
     assert width == parts.text_encoder.config.hidden_size
+
+
+# --- from a graph ------------------------------------------------------------------------------------
+
+
+def captured(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[PromptEncoder, Graph]:
+    """An encoder as after the warm-up on CUDA."""
+    monkeypatch.setattr(prompts, "GraphedFunction", Graph)
+    encoder = parts.encoder()
+    encoder.capture()
+    return encoder, Graph.made[-1]
+
+
+def test_prompts_from_a_graph_have_their_embeddings(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit, in each syntax; longer ones are several chunks."""
+    encoder, graph = captured(parts, monkeypatch)
+    for texts, seen in ((PROMPTS[:1], [1]), (PROMPTS[1:], [4]), (["word " * 40], [3])):
+        syntax = "a1111" if texts[0].startswith("word") else "plain"
+        asked = [Prompt(text, syntax=syntax) for text in texts]  # type: ignore[arg-type]
+        graph.seen.clear()
+        found = encoder.encode(asked)
+        assert graph.seen == seen
+        expected = parts.encoder().encode(asked)
+        assert all(torch.equal(found[prompt], expected[prompt]) for prompt in asked)
+
+
+def test_a_graph_is_for_whole_chunks_and_all_layers(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers left out, other lengths and more chunks than it holds go the other way, beside others too."""
+    encoder, graph = captured(parts, monkeypatch)
+    many = [Prompt(f"{number} houses") for number in range(max(BATCH_SIZES) + 1)]
+    for asked in (
+        [Prompt(PROMPTS[1], clip_skip=1)],
+        [Prompt(PROMPTS[2], clip_skip=2), Prompt(PROMPTS[2])],
+        [Prompt(PROMPTS[1], num_tokens=20)],
+        many,
+    ):
+        found, expected = encoder.encode(asked), parts.encoder().encode(asked)
+        assert all(torch.equal(found[prompt], expected[prompt]) for prompt in asked)
+    assert graph.seen == []
+
+
+def test_an_encoder_that_is_given_a_mask_is_not_captured(
+    inpainting_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be left out."""
+    masked = Parts(inpainting_checkpoint)
+    masked.text_encoder.config.use_attention_mask = True
+    monkeypatch.setattr(prompts, "GraphedFunction", lambda *_: pytest.fail("it was captured"))
+    encoder = masked.encoder()
+    encoder.capture()
+    asked = [Prompt(PROMPTS[1])]
+    assert torch.equal(encoder.encode(asked)[asked[0]], masked.encoder().encode(asked)[asked[0]])

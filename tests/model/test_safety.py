@@ -14,13 +14,16 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPVisionConfig
 from service.errors import ErrorCode, InpaintError
 from service.request import NsfwPolicy
 from service.settings import Settings
+from service.worker import safety
 from service.worker.batcher import Generation
 from service.worker.checkpoint import Components, load
 from service.worker.clip_pixels import ClipPixels
+from service.worker.graphs import BATCH_SIZES
 from service.worker.pipeline import InpaintPipeline
 from service.worker.safety import SafetyCheck
 from service.worker.stages import Finish
 from tests.model.checkpoints import NATIVE_SIZE, make_checkpoint
+from tests.model.graphs import Graph
 from tests.model.mixed_requests import mixed_requests
 
 CPU = torch.device("cpu")
@@ -207,3 +210,27 @@ def test_one_picture_without_a_number_fails_the_check() -> None:
     with pytest.raises(InpaintError) as refused:
         check.verdicts([np.zeros((32, 32, 3), np.uint8)] * 3)
     assert refused.value.code is ErrorCode.SAFETY_FAILED
+
+
+def test_verdicts_from_a_graph_are_the_same(inpainting_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as many pictures as it holds, and for more, which go the other way; what it fails at has no verdict."""
+    monkeypatch.setattr(safety, "GraphedFunction", Graph)
+    components = load(Settings(model=str(inpainting_checkpoint)), CPU)
+    checker = components.safety_checker
+    assert checker is not None
+    check = SafetyCheck(checker, components.feature_extractor)
+    seen: list[torch.Tensor] = []
+    checker.visual_projection.register_forward_hook(lambda *call: seen.append(call[-1]))
+    pictures = np.random.default_rng(3).integers(0, 256, (max(BATCH_SIZES) + 1, 64, 64, 3), dtype=np.uint8)
+    for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        thresholds.data.fill_(0.0)  # So that some are flagged, whatever the weights.
+    counts = (1, 5, len(pictures))
+    expected = [check.verdicts(list(pictures[:count])) for count in counts]
+    check.capture()
+    found = [check.verdicts(list(pictures[:count])) for count in counts]
+    assert found == expected
+    assert all(torch.equal(one, other) for one, other in zip(seen[: len(counts)], seen[len(counts) :], strict=True))
+    assert Graph.made[-1].seen == [1, 5]
+    checker.visual_projection.weight.data.fill_(float("nan"))
+    with pytest.raises(InpaintError, match="no verdict"):
+        check.verdicts(list(pictures[:1]))

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 from service.errors import StartupError
 from service.messages import CannotStart, Loading
 from service.settings import Settings
-from service.worker import autoencoder, process, warm_up
+from service.worker import autoencoder, process, prompts, safety, warm_up
 from service.worker import pipeline as worker_pipeline
 from service.worker.captured import CapturedTicks, NoisePredictor
 from service.worker.checkpoint import load
@@ -239,6 +239,8 @@ class Compiler:
 
     unet_error: Exception | None = None
     vae_error: Exception | None = None
+    text_encoder_error: Exception | None = None
+    safety_checker_error: Exception | None = None
     num_compiled: int = 0
 
     def noise_predictor(self, unet: Any, *, is_compiled: bool) -> NoisePredictor:
@@ -248,11 +250,16 @@ class Compiler:
         self.num_compiled += is_compiled
         return noise_predictor(unet, is_compiled=False)
 
-    def captured_vae(self, function: Callable[..., torch.Tensor], *_: object) -> Any:
-        """The VAE, of which nothing is captured."""
-        if self.vae_error is not None:
-            raise self.vae_error
-        return SimpleNamespace(fits=lambda _: False, function=function)
+    def capturing(self, part: str) -> Callable[..., Any]:
+        """A part of which nothing is captured."""
+
+        def captured(function: Callable[..., torch.Tensor], *_: object) -> Any:
+            error = getattr(self, f"{part}_error")
+            if error is not None:
+                raise error
+            return SimpleNamespace(fits=lambda _: False, function=function)
+
+        return captured
 
 
 @pytest.fixture
@@ -262,7 +269,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     monkeypatch.setattr(warm_up, "_is_captured", lambda _, settings: settings.compile != "off")
     monkeypatch.setattr(worker_pipeline, "noise_predictor", stub.noise_predictor)
     monkeypatch.setattr(autoencoder, "compiled", lambda model: model)
-    monkeypatch.setattr(autoencoder, "GraphedFunction", stub.captured_vae)
+    for module, part in ((autoencoder, "vae"), (prompts, "text_encoder"), (safety, "safety_checker")):
+        monkeypatch.setattr(module, "GraphedFunction", stub.capturing(part))
     return stub
 
 
@@ -292,6 +300,7 @@ def test_stages_are_told(inpainting_checkpoint: Path, compiler: Compiler) -> Non
         "compiling the UNet for 64x64",
         "capturing steps of 2 rows",
         "compiling the VAE for 64x64",
+        "capturing the text encoder and the safety checker",
         "warming up",
     ]
     assert compiler.num_compiled == 1
@@ -369,7 +378,11 @@ def test_unet_that_does_not_compile_is_captured_as_it_is(
     assert set(pipeline.captured_seconds) == {2, 4}
     assert warmed_up.max_images == 2
     assert compiler.num_compiled == 0
-    assert stages[-2:] == ["compiling the VAE for 64x64", "warming up"]
+    assert stages[-3:] == [
+        "compiling the VAE for 64x64",
+        "capturing the text encoder and the safety checker",
+        "warming up",
+    ]
     assert_paints(pipeline, inpainting_checkpoint)
 
 
@@ -416,17 +429,40 @@ def test_vae_that_does_not_compile_stays_as_it_is(
     assert_paints(pipeline, inpainting_checkpoint)
 
 
-@pytest.mark.parametrize("part", ["unet", "vae"])
+@pytest.mark.parametrize("part", ["text_encoder", "safety_checker"])
+def test_what_cannot_be_captured_stays_as_it_is(
+    inpainting_checkpoint: Path, compiler: Compiler, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """The log says so; every picture is checked all the same."""
+    setattr(compiler, f"{part}_error", RuntimeError("no capture"))
+    settings = settings_of(inpainting_checkpoint)
+    pipeline = open_pipeline(settings)
+    with caplog.at_level(logging.WARNING):
+        warm_up.warm_up(pipeline, settings)
+    assert warnings_of(caplog) == [f"cannot capture the {part.replace('_', ' ')}, which costs speed: no capture"]
+    assert set(pipeline.captured_seconds) == {2, 4}
+    assert_paints(pipeline, inpainting_checkpoint)
+
+
+PARTS = {
+    "unet": "compile the UNet",
+    "vae": "compile the VAE",
+    "text_encoder": "capture the text encoder",
+    "safety_checker": "capture the safety checker",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_who_insists_gets_no_slower_service(inpainting_checkpoint: Path, compiler: Compiler, part: str) -> None:
     """`compile=on`: what cannot be compiled ends the start, in one line."""
     setattr(compiler, f"{part}_error", RuntimeError("no compiler\nand a page of its output"))
     settings = settings_of(inpainting_checkpoint, compile="on")
     with pytest.raises(StartupError) as raised:
         warm_up.warm_up(open_pipeline(settings), settings)
-    assert str(raised.value) == f"cannot compile the {'UNet' if part == 'unet' else 'VAE'}: no compiler"
+    assert str(raised.value) == f"cannot {PARTS[part]}: no compiler"
 
 
-@pytest.mark.parametrize("part", ["unet", "vae"])
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("how", ["auto", "on"])
 def test_lost_device_is_no_failed_compilation(
     inpainting_checkpoint: Path, compiler: Compiler, part: str, how: str
