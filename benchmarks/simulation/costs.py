@@ -96,26 +96,29 @@ H200 = Costs(
         {
             rows: milliseconds / 1000
             for rows, milliseconds in {
-                2: 5.9,
-                4: 9.1,
+                2: 6.0,
+                4: 9.2,
                 6: 12.6,
-                8: 16.0,
-                12: 22.8,
-                16: 30.3,
-                20: 38.1,
-                24: 45.3,
-                28: 53.2,
-                32: 60.9,
+                8: 16.1,
+                12: 23.0,
+                16: 30.4,
+                20: 38.8,
+                24: 45.5,
+                28: 54.2,
+                32: 61.3,
             }.items()
         }
     ),
     max_images=6,
-    prepare=StageCost(fixed_seconds=0.024, image_seconds=0.004, device_seconds=0.006),
-    finish=StageCost(fixed_seconds=0.017, image_seconds=0.008, device_seconds=0.012),
+    prepare=StageCost(fixed_seconds=0.018, image_seconds=0.004, device_seconds=0.00725),
+    finish=StageCost(fixed_seconds=0.003, image_seconds=0.008, device_seconds=0.0145),
     switch_seconds=0.0011,
-    edge_seconds=0.0075,
+    edge_seconds=0.0055,
 )
-"""Stable Diffusion 1.5 inpainting at 512x512 in float16, compiled and captured, as `benchmarks/results` has it: steps
-and the images that may share one as two starts found them (means), stages and edges of requests alone, and the device's
-time for what is beside the steps from the throughput of full batches, of which the VAE takes 12 ms. What each further
-image adds to a stage is the VAE's; the switch is one of LoRAs with convolutions, measured alone."""
+"""Stable Diffusion 1.5 inpainting at 512x512 in float16, compiled and captured, as `benchmarks/results` has it.
+
+Steps are those that three starts found (means); of images that may share one, two starts found 6 and one 8. Stages
+and edges are those of requests alone. The device's time for what is beside the steps is what `--validate-against`
+finds in saturated loads, of which the VAE takes 12 ms. What each further image adds to a stage is the VAE's. The
+switch is one of LoRAs with convolutions, measured alone.
+"""

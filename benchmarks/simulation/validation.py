@@ -18,6 +18,9 @@ from benchmarks.traffic import Mix, draw_jobs
 
 TOLERANCE = 0.15
 
+FITTING_ROUNDS = 4
+"""The first leaves a tenth of what is missing, each further one a tenth of that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
@@ -111,34 +114,43 @@ def against_results(document: Mapping[str, Any], costs: Costs, seed: int) -> lis
         and piece["kind"] in ("alone", "saturated", "open")
         and piece["figures"]["latency"] is not None
     ]
-    costs = device_time_from(pieces, costs)
+    costs = device_time_from(pieces, costs, size, seed)
     return [_piece_against(piece, costs, size, seed) for piece in pieces]
 
 
-def device_time_from(pieces: Sequence[Mapping[str, Any]], costs: Costs) -> Costs:
+def device_time_from(pieces: Sequence[Mapping[str, Any]], costs: Costs, size: int, seed: int) -> Costs:
     """What preparing and finishing an image take of the device's time, from the last load that kept it saturated.
 
-    With `c` model calls an image, in full batches of `n` images: the time of an image less `c` times that of a step
-    over `n`. No metric tells it, because kernels of steps and of the jobs beside them run interleaved.
+    It is what makes the simulation of that load paint as much. No metric tells it, because kernels of steps and of the
+    jobs beside them run interleaved.
 
     Args:
         pieces: Of `benchmarks.gpu`; without a saturated one nothing changes.
         costs: Its steps are those of the device; preparing and finishing share the time as they do here.
+        size: Of the pictures.
+        seed: That the load was drawn with.
     """
     saturated = [piece for piece in pieces if piece["kind"] == "saturated"]
     if not saturated or not costs.has_background:
         return costs
-    latest = saturated[-1]
-    images = latest["steady_requests_per_second"]
-    calls = latest["steady_model_calls_per_second"] / images
-    stepping = calls * costs.step(2 * costs.max_images) / costs.max_images
-    beside = max(0.0, 1 / images - stepping)
-    known = costs.prepare.device_seconds + costs.finish.device_seconds
-    share = costs.prepare.device_seconds / known if known else 0.5
+    for _ in range(FITTING_ROUNDS):
+        one = _piece_against(saturated[-1], costs, size, seed)
+        missing = 1 / one.measured.per_second - 1 / one.predicted.per_second
+        costs = _with_device_time(costs, max(0.0, _device_time(costs) + missing))
+    return costs
+
+
+def _device_time(costs: Costs) -> float:
+    return costs.prepare.device_seconds + costs.finish.device_seconds
+
+
+def _with_device_time(costs: Costs, seconds: float) -> Costs:
+    """Shared by preparing and finishing as it was, or in halves where it was none."""
+    share = costs.prepare.device_seconds / _device_time(costs) if _device_time(costs) else 0.5
     return replace(
         costs,
-        prepare=replace(costs.prepare, device_seconds=share * beside),
-        finish=replace(costs.finish, device_seconds=(1 - share) * beside),
+        prepare=replace(costs.prepare, device_seconds=share * seconds),
+        finish=replace(costs.finish, device_seconds=(1 - share) * seconds),
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.capacity import questions, read_steps
 from benchmarks.figures import steady_rates
 from benchmarks.measurement import MAX_CLOSED_JOBS
-from benchmarks.simulation.costs import H200, Costs, StageCost
+from benchmarks.simulation.costs import Costs, StageCost
 from benchmarks.simulation.fleet import PAINTED, Fleet, Simulated, simulate, simulate_closed
 from benchmarks.simulation.page import page
 from benchmarks.simulation.points import Question, Setting, answer
@@ -41,7 +41,17 @@ STAGED = replace(
     PLAIN, prepare=StageCost(0.01, 0.01), finish=StageCost(0.02, 0.01), edge_seconds=0.005, pipe_seconds=0.001
 )
 
-ROOMY = replace(H200, max_images=16)
+GPU = Costs(
+    step_seconds={2: 0.006, 4: 0.009, 6: 0.0126, 8: 0.016, 12: 0.0228, 16: 0.0303, 20: 0.038, 24: 0.0453, 32: 0.061},
+    max_images=6,
+    prepare=StageCost(fixed_seconds=0.024, image_seconds=0.004, device_seconds=0.006),
+    finish=StageCost(fixed_seconds=0.017, image_seconds=0.008, device_seconds=0.012),
+    switch_seconds=0.0011,
+    edge_seconds=0.0075,
+)
+"""About what was measured of one; it stays when others are."""
+
+ROOMY = replace(GPU, max_images=16)
 """As many images share its steps as there are graphs for: batches of several keys have room beside one another."""
 
 
@@ -90,7 +100,7 @@ def test_the_real_clock_comes_back() -> None:
 
 def test_step_times_between_what_was_measured() -> None:
     """Captured batches are filled up to the next number of rows, others lie on a line; beyond, in proportion."""
-    assert H200.step(10) == H200.step_seconds[12]
+    assert GPU.step(10) == GPU.step_seconds[12]
     assert replace(PLAIN, is_padded=False).step(5) == pytest.approx(0.175)
     assert PLAIN.step(1) == 0.1
     assert PLAIN.step(16) == pytest.approx(0.5)
@@ -100,7 +110,7 @@ def test_capacity_is_a_full_batch_with_its_stages() -> None:
     """Images a second are those of a batch over its steps and what preparing and finishing take of the device."""
     assert PLAIN.images_per_second(10) == pytest.approx(4 / (10 * 0.25))
     assert STAGED.images_per_second(10) == pytest.approx(4 / (10 * 0.25 + 4 * (0.02 + 0.03)))
-    assert H200.images_per_second(20) == pytest.approx(6 / (20 * 0.0228 + 6 * 0.018))
+    assert GPU.images_per_second(20) == pytest.approx(6 / (20 * 0.0228 + 6 * 0.018))
 
 
 def test_slowness_by_moment() -> None:
@@ -145,7 +155,7 @@ def test_keys_take_turns() -> None:
 
 def test_alone_with_every_stage() -> None:
     """A request that has a device for itself takes what `alone_seconds` says, in the background or not."""
-    for costs in (STAGED, H200):
+    for costs in (STAGED, GPU):
         simulated = simulate(Fleet((costs,)), [Wanted(0.0, 10)])
         expected = costs.alone_seconds(10) + GATHER_SECONDS + costs.prepare.device_seconds
         assert simulated.fates[0].seconds == pytest.approx(expected)
@@ -167,9 +177,9 @@ def test_one_at_a_time_waits_as_queueing_theory_says() -> None:
 
 def test_saturated_devices_reach_their_capacity() -> None:
     """Clients that keep a device busy get what `images_per_second` says, but for the batch that is not always full."""
-    one = as_round(simulate_closed(Fleet((H200,)), [20] * 400, 24, 100.0), 100.0)
+    one = as_round(simulate_closed(Fleet((GPU,)), [20] * 400, 24, 100.0), 100.0)
     assert steady_rates(replace(one, sending_seconds=one.seconds - 3))[0] == pytest.approx(
-        H200.images_per_second(20), rel=0.1
+        GPU.images_per_second(20), rel=0.1
     )
 
 
@@ -178,7 +188,7 @@ def test_saturated_devices_reach_their_capacity() -> None:
 
 def test_every_request_has_one_fate() -> None:
     """Overloaded, and with workers that die all the time: each request is painted, refused or lost, once."""
-    costs = replace(H200, load_seconds=2.0)
+    costs = replace(GPU, load_seconds=2.0)
     traffic = poisson_traffic(3 * 1.3 * costs.images_per_second(30), 20.0, (10, 50), (0.5, 0.5), seed=2)
     simulated = simulate(Fleet((costs,) * 3, mean_seconds_to_loss=4.0), traffic, seed=2)
     assert [fate.wanted for fate in simulated.fates] == list(traffic)
@@ -193,7 +203,7 @@ def test_every_request_has_one_fate() -> None:
 
 def test_a_lost_worker_costs_its_share_only() -> None:
     """While one of two devices is away the other one paints everything, more slowly, and nothing is refused."""
-    costs = replace(H200, load_seconds=5.0)
+    costs = replace(GPU, load_seconds=5.0)
     traffic = poisson_traffic(0.3 * 2 * costs.images_per_second(30), 60.0, (10, 50), (1.0,), seed=1)
     calm = simulate(Fleet((costs,) * 2), traffic)
     stormy = simulate(Fleet((costs,) * 2, mean_seconds_to_loss=40.0), traffic, seed=3)
@@ -206,7 +216,7 @@ def test_a_lost_worker_costs_its_share_only() -> None:
 def test_a_seed_gives_the_same_again() -> None:
     """Two runs of a seed are the same to the last figure; another seed gives other losses."""
     traffic = poisson_traffic(10.0, 10.0, (10, 50), (0.5, 0.5), seed=4)
-    fleet = Fleet((replace(H200, load_seconds=1.0),) * 2, mean_seconds_to_loss=5.0)
+    fleet = Fleet((replace(GPU, load_seconds=1.0),) * 2, mean_seconds_to_loss=5.0)
     runs = [replace(simulate(fleet, traffic, seed), router_seconds=0.0) for seed in (1, 1, 2)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
@@ -236,17 +246,17 @@ def test_a_full_queue_is_served_by_key_without_empty_places() -> None:
 @pytest.mark.parametrize(("num_devices", "loras"), [(3, (1.0,)), (1, (0.5, 0.5))])
 def test_where_there_is_no_choice_nothing_changes(num_devices: int, loras: tuple[float, ...]) -> None:
     """Requests of one kind are placed, and one device serves, as if keys were not looked at."""
-    rate = 0.9 * num_devices * H200.images_per_second(30)
+    rate = 0.9 * num_devices * GPU.images_per_second(30)
     traffic = poisson_traffic(rate, 20.0, (10, 50), loras, seed=1)
-    placed, blind = (simulate(Fleet((H200,) * num_devices, places_keys=places), traffic) for places in (True, False))
+    placed, blind = (simulate(Fleet((GPU,) * num_devices, places_keys=places), traffic) for places in (True, False))
     assert placed.fates == blind.fates
 
 
 def test_a_slow_device_gets_less() -> None:
     """Of two devices one of which is three times as slow, that one makes far fewer steps, and nobody waits for it."""
-    slow = replace(H200, step_seconds={rows: 3 * seconds for rows, seconds in H200.step_seconds.items()})
-    traffic = poisson_traffic(0.7 * 4 / 3 * H200.images_per_second(30), 40.0, (10, 50), (1.0,), seed=1)
-    mixed, fast_alone = simulate(Fleet((slow, H200)), traffic), simulate(Fleet((H200,)), traffic)
+    slow = replace(GPU, step_seconds={rows: 3 * seconds for rows, seconds in GPU.step_seconds.items()})
+    traffic = poisson_traffic(0.7 * 4 / 3 * GPU.images_per_second(30), 40.0, (10, 50), (1.0,), seed=1)
+    mixed, fast_alone = simulate(Fleet((slow, GPU)), traffic), simulate(Fleet((GPU,)), traffic)
     assert len(mixed.painted) == len(traffic)
     assert sum(fate.seconds for fate in mixed.fates) < sum(fate.seconds for fate in fast_alone.fates)
 
@@ -265,7 +275,7 @@ def test_the_page_has_every_question() -> None:
         Question(1, 0.5, places_keys=False),
         Question(2, 0.5, places_keys=False),
     ]
-    setting = Setting(H200, mean_seconds_to_loss=5.0, device_seconds=10.0, min_seconds=5.0)
+    setting = Setting(GPU, mean_seconds_to_loss=5.0, device_seconds=10.0, min_seconds=5.0)
     points = [answer(question, setting) for question in asked]
     assert all(sum(point.outcomes.values()) == round(point.offered_per_second * point.seconds) for point in points)
     text = page(points, setting, 20.0, {"command": "x"})
@@ -326,22 +336,38 @@ def test_validation_against_results() -> None:
     assert "1 of 1 loads are off" in markdown([far])
 
 
-def test_device_time_follows_from_a_saturated_load() -> None:
-    """What a simulated device was told to take beside its steps is found again in its throughput."""
+def saturated(costs: Costs) -> dict[str, Any]:
+    """A piece of results as a simulated device gives it."""
     steps = [job.num_steps for job in draw_jobs(MAX_CLOSED_JOBS, Mix((20, 20), {64: 1.0}), 1)]
-    calls, images = steady_rates(as_round(simulate_closed(Fleet((H200,)), steps, 32, 20.0), 20.0))[::-1]
-    piece = {
+    one = as_round(simulate_closed(Fleet((costs,)), steps, 32, 10.0), 10.0)
+    figures = {"latency": {"p50_seconds": 1.0, "p95_seconds": 1.0}}
+    return {
         "kind": "saturated",
-        "steady_requests_per_second": images,
-        "steady_model_calls_per_second": calls,
+        "title": "32 clients",
+        "steps": [20, 20],
+        "seconds": 10.0,
+        "clients": 32,
+        "max_jobs": None,
+        "steady_requests_per_second": steady_rates(one)[0],
+        "figures": figures,
     }
-    other = replace(H200, prepare=replace(H200.prepare, device_seconds=0.0))
-    found = device_time_from([{**piece, "steady_requests_per_second": 1.0}, piece], other)
+
+
+def test_device_time_follows_from_a_saturated_load() -> None:
+    """What a simulated device was told to take beside its steps is found again in the throughput of the last one."""
+    piece = saturated(GPU)
+    other = replace(GPU, prepare=replace(GPU.prepare, device_seconds=0.0))
+    found = device_time_from([{**piece, "steady_requests_per_second": 1.0}, piece], other, 64, 1)
     assert found.prepare.device_seconds == 0.0
     assert found.finish.device_seconds == pytest.approx(
-        H200.prepare.device_seconds + H200.finish.device_seconds, rel=0.15
+        GPU.prepare.device_seconds + GPU.finish.device_seconds, rel=0.02
     )
-    assert device_time_from([], other) is other
+    none = replace(other, finish=replace(other.finish, device_seconds=0.0))
+    halves = device_time_from([piece], none, 64, 1)
+    assert halves.prepare.device_seconds == halves.finish.device_seconds > 0
+    impossible = device_time_from([{**piece, "steady_requests_per_second": 1000.0}], other, 64, 1)
+    assert impossible.finish.device_seconds == 0.0
+    assert device_time_from([], other, 64, 1) is other
 
 
 def test_comparison_of_medians() -> None:
