@@ -1,5 +1,6 @@
 """A worker process from start to end; the supervisor's child runs this."""
 
+import gc
 import os
 import sys
 import time
@@ -47,6 +48,8 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
     except StartupError as error:
         connection.send(CannotStart(str(error)))
         return
+    gc.collect()
+    gc.freeze()  # All that is loaded stays: to look for garbage in it would stop every thread for tenths of a second.
     connection.send(
         Ready(
             model=components.info,

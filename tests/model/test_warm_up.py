@@ -1,5 +1,6 @@
 """Before the first request: what is compiled and captured when, what is said meanwhile, and how many images may run."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend
 
 from service.errors import StartupError
-from service.messages import CannotStart, Loading
+from service.messages import CannotStart, Drain, Loading, Ready
 from service.settings import Settings
 from service.worker import autoencoder, process, prompts, safety, warm_up
 from service.worker import pipeline as worker_pipeline
@@ -228,6 +229,30 @@ def test_worker_that_cannot_compile_says_so_and_ends(
     assert all(isinstance(stage, Loading) for stage in stages)
     assert isinstance(last, CannotStart)
     assert last == CannotStart("cannot compile: the device is cpu; compiled and captured ticks need CUDA")
+
+
+@pytest.mark.usefixtures("_libraries")
+def test_ready_worker_does_not_look_for_garbage_in_what_it_has_loaded(
+    inpainting_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of thousands of objects: of torch and its companions, and of the model."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    ours, theirs = Pipe()
+    ours.send(Drain())
+    num_loaded = len(gc.get_objects())
+    try:
+        process.run(theirs, settings_of(inpainting_checkpoint), "cpu", 1)
+        assert gc.get_freeze_count() > num_loaded // 2
+        assert len(gc.get_objects()) < num_loaded // 2
+    finally:
+        gc.unfreeze()
+    theirs.close()
+    reports = []
+    while ours.poll():
+        reports.append(ours.recv())
+        if isinstance(reports[-1], Ready):
+            break
+    assert isinstance(reports[-1], Ready)
 
 
 # --- as if a CPU could -------------------------------------------------------
