@@ -39,7 +39,7 @@ LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.3)
 COMPARED_LOADS = (0.5, 0.8, 1.0)
 """At these it is also asked what losses and placement do."""
 
-API_MILLISECONDS = 24.0
+API_MILLISECONDS = 20.0
 
 
 def questions(devices: Sequence[int], loads: Sequence[float]) -> list[Question]:
