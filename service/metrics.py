@@ -68,7 +68,9 @@ class Metrics:
         )
         self._images = self._counter("images", "Images painted.")
         self._nsfw_flagged = self._counter("nsfw_flagged", "Images that the safety checker flagged.")
-        self._rejected = self._counter("rejected", "Requests refused before admission.", "reason")
+        self._rejected = self._counter(
+            "rejected", "Requests that found no place: overloaded, not_ready, draining.", "reason"
+        )
         self._replayed = self._counter("replayed", "Answers given again to a repeated Idempotency-Key.")
         self._cancelled = self._counter("cancelled", "Admitted requests that were cancelled.", "reason")
         self._failed = self._counter("failed", "Admitted requests that ended in an error.", "reason")

@@ -45,6 +45,10 @@ def _blank_is_none(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
 
 
+def _auto_is_none(value: object) -> object:
+    return None if isinstance(value, str) and value.strip().lower() in ("", "auto") else value
+
+
 def _require_host_names(names: tuple[str, ...]) -> tuple[str, ...]:
     if not all(_HOST_NAME.fullmatch(name) for name in names):
         raise ValueError("names or addresses without scheme and port; IPv6 addresses in brackets")
@@ -61,6 +65,7 @@ def _require_http_url(url: str | None) -> str | None:
 
 CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 BlankIsNone = BeforeValidator(_blank_is_none)
+AutoIsNone = BeforeValidator(_auto_is_none)
 OptionalText = Annotated[str | None, BlankIsNone]
 OptionalPath = Annotated[Path | None, BlankIsNone]
 AttentionBackend = Literal["auto", "math", "flash", "efficient", "cudnn", "xformers"]
@@ -133,11 +138,11 @@ class Settings(BaseModel):
     max_adapter_mib: float = Field(512.0, gt=0, description="Largest LoRA in MiB that can be uploaded.")
 
     # Batching, queue and time.
-    max_images: Annotated[Annotated[int, Field(ge=1, le=64)] | None, BlankIsNone] = Field(
-        None, description="Images in the running batch; by default where throughput stops growing."
+    max_images: Annotated[Annotated[int, Field(ge=1, le=64)] | None, AutoIsNone] = Field(
+        None, description="Images in the running batch; by default, auto, where throughput stops growing."
     )
-    cpu_threads: Annotated[Annotated[int, Field(ge=1)] | None, BlankIsNone] = Field(
-        None, description="Threads of each CPU worker; by default cores / workers."
+    cpu_threads: Annotated[Annotated[int, Field(ge=1)] | None, AutoIsNone] = Field(
+        None, description="Threads of each CPU worker; by default, auto, cores / workers."
     )
     queue_size: int = Field(64, ge=1, le=100_000, description="Requests that may wait before new ones get 429.")
     timeout: float = Field(300.0, gt=0, description="Seconds after admission within which a request is answered.")
@@ -244,6 +249,8 @@ class Settings(BaseModel):
 def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
     """Settings from the environment, with `overrides` (flags) on top.
 
+    A variable that is blank, as `${PORT:-}` in a compose file makes it, is one that is not set.
+
     Args:
         overrides: Values by setting name; `None` values are ignored.
         environ: The environment to read; the process's own by default.
@@ -255,7 +262,7 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
     values: dict[str, Any] = {}
     for name in Settings.model_fields:
         variable = environment_variable(name)
-        if variable in environ:
+        if environ.get(variable, "").strip():
             values[name] = environ[variable]
     values.update({name: value for name, value in (overrides or {}).items() if value is not None})
     try:

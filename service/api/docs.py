@@ -46,4 +46,11 @@ def add_routes(app: FastAPI) -> None:
         return files[request.url.path].response(request)
 
     for path, route in ((DOCS_PATH, docs), *((path, docs_file) for path in _FILES)):
-        app.add_api_route(path, route, include_in_schema=False, response_class=Response, response_model=None)
+        app.add_api_route(
+            path,
+            route,
+            methods=["GET", "HEAD"],
+            include_in_schema=False,
+            response_class=Response,
+            response_model=None,
+        )

@@ -23,7 +23,8 @@ SIDE_MULTIPLE = 8
 
 _INTEGER = re.compile(r"-?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
-_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_BOOLEANS = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+"""In any case: Python's `requests` sends True, a form's checkbox on."""
 
 # More digits than any bound has: not worth converting.
 _MAX_DIGITS = 40
@@ -50,9 +51,9 @@ def _number(value: object) -> object:
 def _boolean(value: object) -> object:
     if not isinstance(value, str):
         return value
-    if value not in _BOOLEANS:
+    if value.lower() not in _BOOLEANS:
         raise fault(ErrorCode.INVALID_FIELD, "Input should be true, false, 1 or 0")
-    return _BOOLEANS[value]
+    return _BOOLEANS[value.lower()]
 
 
 def _require_text(value: str) -> str:

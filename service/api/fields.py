@@ -181,6 +181,15 @@ class InpaintFields(BaseModel):
                 raise fault(ErrorCode.INVALID_FIELD, f"Input should take {argument}: {', '.join(names) or 'none does'}")
         return scheduler
 
+    @field_validator("clip_skip")
+    @classmethod
+    def _leave_a_layer(cls, clip_skip: int, info: ValidationInfo) -> int:
+        """Refuse to leave out more layers than the model's text encoder has."""
+        limit = _model(info).max_clip_skip
+        if clip_skip > limit:
+            raise fault(ErrorCode.OUT_OF_RANGE, f"Input should be at most {limit}")
+        return clip_skip
+
     @field_validator("height", "width")
     @classmethod
     def _bound_side(cls, side: int | None, info: ValidationInfo) -> int | None:

@@ -1,6 +1,6 @@
 """`POST /v1/inpaint`: the native wire format."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from http import HTTPStatus
@@ -40,7 +40,9 @@ _FORMAT_OF_TYPE: dict[str, OutputFormat] = {
     **{kind: name for name, kind in MEDIA_TYPES.items()},
     ARRAY_MEDIA_TYPE: "npy",
 }
-_OFFERS = (*_FORMAT_OF_TYPE, JSON_MEDIA_TYPE, EVENT_STREAM_MEDIA_TYPE)
+_SHAPES = (JSON_MEDIA_TYPE, EVENT_STREAM_MEDIA_TYPE)
+_OFFERS = (*MEDIA_TYPES.values(), *_SHAPES, ARRAY_MEDIA_TYPE)
+"""In the order in which a wildcard takes them: `application/*` is JSON."""
 
 _ANSWERS: Mapping[str, Callable[[Painted], Answer]] = {
     JSON_MEDIA_TYPE: json_answer,
@@ -111,13 +113,15 @@ def _async_order(body: Body, model: ModelInfo, accept: str, preference: Preferen
     answer_type = JSON_MEDIA_TYPE
     if preference.wait_seconds and form.fields.num_images_per_prompt == 1:
         with suppress(InpaintError):  # `NOT_ACCEPTABLE`
-            answer_type = choose_media_type(accept, (*_image_types(form), JSON_MEDIA_TYPE))
+            answer_type = choose_media_type(accept, _offers(form, (JSON_MEDIA_TYPE,)))
     return Order(_with_format(form, answer_type), answer_type)
 
 
-def _image_types(form: InpaintForm) -> tuple[str, ...]:
-    """What the image may be encoded as."""
-    return (media_type(form.fields.output_format),) if form.is_format_named else tuple(_FORMAT_OF_TYPE)
+def _offers(form: InpaintForm, shapes: Sequence[str]) -> tuple[str, ...]:
+    """What the image may be encoded as, and the shapes that have it within them."""
+    if form.is_format_named:
+        return (media_type(form.fields.output_format), *shapes)
+    return tuple(offer for offer in _OFFERS if offer not in _SHAPES or offer in shapes)
 
 
 def _with_format(form: InpaintForm, answer_type: str) -> InpaintForm:
@@ -133,7 +137,7 @@ def _answer_type(form: InpaintForm, accept: str) -> str:
     Raises:
         InpaintError: `NOT_ACCEPTABLE`, or `INVALID_FIELD` for several images where one is to be answered.
     """
-    chosen = choose_media_type(accept, (*_image_types(form), JSON_MEDIA_TYPE, EVENT_STREAM_MEDIA_TYPE))
+    chosen = choose_media_type(accept, _offers(form, _SHAPES))
     if chosen in _FORMAT_OF_TYPE and form.fields.num_images_per_prompt > 1:
         message = "More than one image is answered as JSON: send 'Accept: application/json'."
         raise InvalidRequest((Fault("num_images_per_prompt", ErrorCode.INVALID_FIELD, message),))

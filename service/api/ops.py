@@ -1,6 +1,7 @@
 """What operators and clients ask besides pictures: health, readiness, metrics, the served model."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -56,10 +57,9 @@ def add_routes(app: FastAPI, *, with_metrics: bool, with_index: bool) -> None:
         with_metrics: Whether `/metrics` is here, and not on a port of its own.
         with_index: Whether `/` is the index, and not a page that answers it, too.
     """
-    app.add_api_route(
-        "/healthz", healthz, openapi_extra=_NO_KEY, tags=[Tag.OPERATION], summary="Whether the process lives"
-    )
-    app.add_api_route(
+    _add_get(app, "/healthz", healthz, openapi_extra=_NO_KEY, tags=[Tag.OPERATION], summary="Whether the process lives")
+    _add_get(
+        app,
         "/readyz",
         readyz,
         response_model=Readiness,
@@ -68,7 +68,8 @@ def add_routes(app: FastAPI, *, with_metrics: bool, with_index: bool) -> None:
         summary="Whether requests are taken now",
         responses=problems(ErrorCode.NOT_READY, ErrorCode.DRAINING),
     )
-    app.add_api_route(
+    _add_get(
+        app,
         "/v1/models",
         models,
         tags=[Tag.MODELS],
@@ -76,7 +77,8 @@ def add_routes(app: FastAPI, *, with_metrics: bool, with_index: bool) -> None:
         responses=problems(ErrorCode.NOT_READY),
     )
     if with_metrics:
-        app.add_api_route(
+        _add_get(
+            app,
             METRICS_PATH,
             metrics,
             response_class=Response,
@@ -86,7 +88,13 @@ def add_routes(app: FastAPI, *, with_metrics: bool, with_index: bool) -> None:
             responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems()},
         )
     if with_index:
-        app.add_api_route("/", index, include_in_schema=False)
+        _add_get(app, "/", index, include_in_schema=False)
+
+
+def _add_get(app: FastAPI, path: str, endpoint: Callable[..., Any], **options: Any) -> None:  # noqa: ANN401
+    """A route that takes HEAD, too, as many probes ask; documented is GET."""
+    app.add_api_route(path, endpoint, **options)
+    app.add_api_route(path, endpoint, **{**options, "methods": ["HEAD"], "include_in_schema": False})
 
 
 async def index(request: Request) -> dict[str, str]:

@@ -75,6 +75,28 @@ def test_sides_are_bounded_by_the_models_own(side: str, is_accepted: bool) -> No
             InpaintFields.model_validate(texts, context=model)
 
 
+@pytest.mark.parametrize(("clip_skip", "is_accepted"), [("3", True), ("4", False), ("11", False)])
+def test_layers_left_out_are_bounded_by_the_models_own(clip_skip: str, is_accepted: bool) -> None:
+    """Before anything is painted, and however the answer is asked for."""
+    model = dataclasses.replace(MODEL, max_clip_skip=3)
+    texts = {"prompt": "a red house", "clip_skip": clip_skip}
+    if is_accepted:
+        assert InpaintFields.model_validate(texts, context=model).clip_skip == int(clip_skip)
+    else:
+        with pytest.raises(ValidationError, match=r"at most 3|less than or equal to 10"):
+            InpaintFields.model_validate(texts, context=model)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", True), ("1", True), ("True", True), ("on", True), ("false", False), ("0", False), ("FALSE", False)],
+)
+def test_truth_is_spelled_as_clients_do(text: str, value: bool) -> None:
+    """JavaScript's and Python's words, digits, and what a form's checkbox sends."""
+    fields = InpaintFields.model_validate({"prompt": "a red house", "composite": text}, context=MODEL)
+    assert fields.composite is value
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -88,7 +110,7 @@ def test_sides_are_bounded_by_the_models_own(side: str, is_accepted: bool) -> No
         ("guidance_scale", "7,5"),
         ("guidance_scale", "1_0"),
         ("composite", "yes"),
-        ("mask_invert", "True"),
+        ("mask_invert", "T"),
         ("batching", "mine"),
         ("output_format", "gif"),
         ("output_format", "tiff"),

@@ -226,6 +226,14 @@ def test_ambiguous_or_broken_head(server: LiveServer, lines: list[str]) -> None:
     assert status == 400
 
 
+@pytest.mark.parametrize(("path", "expected"), [("/healthz", 200), ("/readyz", 200), ("/v1/models", 400)])
+def test_probes_in_http_1_0_need_no_host(path: str, expected: int) -> None:
+    """Load balancers that speak it send none; also where only some hosts' names are taken."""
+    line = f"GET {path} HTTP/1.0\r\n\r\n".encode()
+    with serving(allowed_hosts="paint.example") as server, server.raw(line) as connection:
+        assert read_answer(connection)[0] == expected
+
+
 @pytest.mark.parametrize(
     "lines",
     [

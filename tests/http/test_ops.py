@@ -21,6 +21,16 @@ def test_health_and_readiness(server: LiveServer) -> None:
     }
 
 
+def test_probes_may_ask_for_the_head_alone() -> None:
+    """As `curl -I` and many monitors do: what GET would answer, without the body."""
+    with serving() as server:
+        for path in ("/healthz", "/readyz", "/metrics", "/v1/models", "/docs", "/openapi.json", "/"):
+            asked, head = server.client.get(path), server.client.head(path)
+            assert (asked.status_code, head.status_code) == (200, 200)
+            assert head.headers["Content-Type"] == asked.headers["Content-Type"]
+            assert head.content == b""
+
+
 def test_models_is_openais_list_with_our_fields(server: LiveServer) -> None:
     """`/v1/models` lists the one model, says that it is a demo, and states what requests may ask for."""
     listed = server.client.get("/v1/models").json()

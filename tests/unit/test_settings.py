@@ -45,13 +45,19 @@ def test_environment_is_read_and_flags_win() -> None:
         ("compile", "auto", "auto"),
         ("compile", "on", "on"),
         ("compile", "off", "off"),
+        ("compile", "", "auto"),
+        ("port", "", 8000),
+        ("timeout", " ", 300.0),
+        ("offline", "", False),
+        ("max_images", "auto", None),
+        ("cpu_threads", "auto", None),
         ("compile_cache", "", None),
         ("compile_cache", " ", None),
         ("compile_cache", "~/.cache/inpaint", Path("~/.cache/inpaint")),
     ],
 )
 def test_values_are_read_from_text(name: str, text: str, value: object) -> None:
-    """Lists are comma-separated, and a blank optional setting is none, as compose files pass it."""
+    """Lists are comma-separated, and what is blank is not set, as compose files pass it."""
     assert getattr(load_settings(environ={environment_variable(name): text}), name) == value
 
 
@@ -78,7 +84,7 @@ def test_values_are_read_from_text(name: str, text: str, value: object) -> None:
         ("compile", "true"),
         ("compile", "1"),
         ("compile", "ON"),
-        ("compile", ""),
+        ("max_images", "many"),
     ],
 )
 def test_value_that_does_not_fit_is_named(name: str, text: str) -> None:
