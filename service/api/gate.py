@@ -112,9 +112,9 @@ class Gate:
                 ErrorCode.HEADERS_TOO_LARGE, f"Send at most {MAX_HEADERS} headers and {MAX_HEADER_BYTES} bytes of them."
             )
         num_hosts = len(headers.getlist("Host"))
+        is_probe = scope["path"] in OPEN_PATHS and scope["method"] in _SAFE_METHODS
         # HTTP/1.0 has none, and some load balancers ask in it.
-        is_old_probe = num_hosts == 0 and scope["http_version"] == "1.0" and scope["path"] in OPEN_PATHS
-        if num_hosts != 1 and not is_old_probe:
+        if num_hosts != 1 and not (num_hosts == 0 and scope["http_version"] == "1.0" and is_probe):
             raise InpaintError(ErrorCode.BAD_REQUEST, "Send exactly one Host header.")
         # Probes ask by address, whatever the service's name is.
         if self._hosts and scope["path"] not in OPEN_PATHS and _host_name(headers["Host"]) not in self._hosts:

@@ -226,12 +226,21 @@ def test_ambiguous_or_broken_head(server: LiveServer, lines: list[str]) -> None:
     assert status == 400
 
 
-@pytest.mark.parametrize(("path", "expected"), [("/healthz", 200), ("/readyz", 200), ("/v1/models", 400)])
-def test_probes_in_http_1_0_need_no_host(path: str, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["GET /healthz HTTP/1.0"], 200),
+        (["HEAD /readyz HTTP/1.0"], 200),
+        (["GET /v1/models HTTP/1.0"], 400),
+        (["GET /healthz HTTP/1.1"], 400),
+        (["POST /healthz HTTP/1.0", "Origin: http://evil.example", "Content-Length: 0"], 400),
+    ],
+)
+def test_probes_in_http_1_0_need_no_host(lines: list[str], expected: int) -> None:
     """Load balancers that speak it send none; also where only some hosts' names are taken."""
-    line = f"GET {path} HTTP/1.0\r\n\r\n".encode()
-    with serving(allowed_hosts="paint.example") as server, server.raw(line) as connection:
-        assert read_answer(connection)[0] == expected
+    request = "\r\n".join([*lines, "", ""]).encode()
+    with serving(allowed_hosts="paint.example") as server, server.raw(request) as connection:
+        assert connection.recv(1000).split(b" ")[1] == str(expected).encode()
 
 
 @pytest.mark.parametrize(
