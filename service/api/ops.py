@@ -16,7 +16,7 @@ from service.api.field_types import MAX_CLIP_SKIP, MAX_IMAGES_PER_PROMPT, MAX_PR
 from service.api.fields import side_bounds
 from service.api.openapi import Tag, problems
 from service.api.problems import PROBLEM_MEDIA_TYPE, STATUS, problem_body, problem_headers
-from service.api.records import record_of
+from service.api.records import new_request_id, record_of
 from service.api.schemas import (
     Health,
     ModelAdapter,
@@ -241,6 +241,7 @@ def metrics_app(source: Metrics) -> ASGIApp:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         is_scrape = scope["path"] == METRICS_PATH and scope["method"] in ("GET", "HEAD")
         response = _exposition(source) if is_scrape else Response(status_code=404)
+        response.headers["X-Request-Id"] = new_request_id()  # As every answer has one, though nothing is logged.
         await response(scope, receive, send)
 
     return app

@@ -158,8 +158,10 @@ def test_metrics_port_serves_metrics_alone() -> None:
         live = serve.live()
         port = int(re.search(r"metrics are on http://127\.0\.0\.1:(\d+)/metrics", serve.output)[1])
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            assert "inpaint_worker_up" in client.get("/metrics").text
-            assert client.get("/v1/models").status_code == 404
+            metrics, models = client.get("/metrics"), client.get("/v1/models")
+            assert "inpaint_worker_up" in metrics.text
+            assert models.status_code == 404
+            assert metrics.headers["X-Request-Id"] != models.headers["X-Request-Id"]
         assert live.client.get("/metrics").status_code == 404
         serve.process.send_signal(signal.SIGTERM)
         assert serve.exit_status() == 0
