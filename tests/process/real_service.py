@@ -51,7 +51,8 @@ class Service:
         for line in self.process.stderr:
             self.log += line
 
-    def _wait_for(self, condition: Any, seconds: float = 120.0) -> None:
+    def _wait_for(self, condition: Any, seconds: float = 240.0) -> None:
+        """Wait for as long as a machine that is busy with more than this may take."""
         give_up_at = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.log
