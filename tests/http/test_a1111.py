@@ -492,7 +492,7 @@ values = st.recursive(
 OTHERS = {"sampler_index": {"sampler_name"}, "s_noise": {"sampler_name"}, "mask_blur_y": {"mask_blur_x"}}
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(sorted(DEFAULTS)), value=values)
 def test_any_value_in_any_field(server: LiveServer, name: str, value: Any) -> None:
     """Any JSON value in any one field, beside sound ones, gives a picture, or an error that names this field."""

@@ -20,9 +20,7 @@ FIELDS = (*FILES, *InpaintFields.model_fields)
 FORMS = ("/v1/inpaint", "/v1/images/edits", "/sdapi/v1/img2img")
 
 # A run is the same every time and on every machine, and takes a bounded number of requests.
-bounded = settings(
-    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), print_blob=False
-)
+bounded = settings(derandomize=True, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
 
 
 @pytest.fixture(scope="module")

@@ -292,7 +292,7 @@ VALUES = st.recursive(
 NAMES = ("images", "image", "mask", "n", *FILES, *EditFields.model_fields, *InpaintFields.model_fields)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(NAMES), value=VALUES)
 def test_any_value_in_any_field(server: LiveServer, name: str, value: Any) -> None:
     """Whatever JSON a field holds, there is a picture or an error in OpenAI's form, and never a fault of ours."""

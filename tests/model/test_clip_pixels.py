@@ -51,7 +51,7 @@ def test_pixel_values_are_the_extractors_own(size: tuple[int, int], options: dic
     assert torch.equal(values, extracted(extractor, pictures).float())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from(list(EXTRACTORS)), st.integers(64, 1024), st.integers(64, 1024), st.integers(0, 1000))
 def test_any_size_up_and_down_portrait_and_landscape(name: str, height: int, width: int, seed: int) -> None:
     """Whatever working size a client asks for: bit for bit, in half precision too."""

@@ -77,7 +77,7 @@ def assert_same_input(result: Fitted, image: torch.Tensor, mask: torch.Tensor) -
     assert np.array_equal(result.mask >= 128, mask[0, 0].numpy() == 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(mask=masks(), height=WORKING_SIDES, width=WORKING_SIDES, padding=st.integers(0, 90))
 def test_padded_crop_and_overlay_are_stocks(mask: Pixels, height: int | None, width: int | None, padding: int) -> None:
     """`padding_mask_crop`: region, filled picture, filled mask and overlay equal diffusers' for any size and mask."""
@@ -108,7 +108,7 @@ def test_padded_crop_and_overlay_are_stocks(mask: Pixels, height: int | None, wi
     assert np.array_equal(overlay(image, mask, result.placement, painted), np.asarray(expected))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(mask=masks(), height=NAMED_SIDES, width=NAMED_SIDES)
 def test_named_sizes_are_resized_as_stock_does(mask: Pixels, height: int, width: int) -> None:
     """`height` and `width`: picture and mask equal diffusers' resize for any size and mask."""

@@ -53,7 +53,7 @@ def assert_valid(mask: Pixels, result: Fitted) -> None:
     assert result.mask.max() >= 128 or mask.max() < 128
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(mask=masks(), native_size=st.sampled_from(NATIVE_SIZES))
 @example(mask=np.full((1, 1), 255, np.uint8), native_size=512)
 @example(mask=box_mask(8, 2000, Box(1000, 4, 1001, 5)), native_size=512)
@@ -67,7 +67,7 @@ def test_any_picture_gets_a_bucket_and_a_window_around_the_mask(mask: Pixels, na
     assert not result.placement.is_padded_crop
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(mask=masks(600), height=st.sampled_from([None, 64, 200, 512]), width=st.sampled_from([None, 64, 328, 512]))
 def test_named_sizes_are_kept_for_any_picture(mask: Pixels, height: int | None, width: int | None) -> None:
     """A named side is the working side; the window is then the whole picture."""
@@ -79,7 +79,7 @@ def test_named_sizes_are_kept_for_any_picture(mask: Pixels, height: int | None, 
         assert result.placement.window.size == result.placement.upload
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(mask=masks(600), padding=st.integers(0, 200), height=st.sampled_from([None, 64, 512]))
 def test_padded_crops_are_valid_for_any_picture(mask: Pixels, padding: int, height: int | None) -> None:
     """`padding_mask_crop` works for any shape, thin ones too; sides that are not named are native."""
@@ -159,7 +159,7 @@ def test_a_large_mask_keeps_context_and_shape() -> None:
     assert window.size.aspect == pytest.approx(result.placement.working.aspect, rel=0.01)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(mask=masks())
 def test_the_window_is_stretched_only_where_the_mask_or_the_buckets_need_it(mask: Pixels) -> None:
     """Beyond what neighbouring buckets differ by, a window leaves the bucket's aspect only along the mask."""

@@ -62,7 +62,7 @@ def test_outside_the_mask_nothing_changes(size: tuple[int, int], wishes: dict[st
     assert np.mean(np.any(returned != rgb, axis=-1)[~kept]) > 0.9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(height=st.integers(1, 300), width=st.integers(1, 300), seed=st.integers(0, 999), wishes=st.sampled_from(WISHES))
 def test_any_grey_mask_is_cut_at_half(height: int, width: int, seed: int, wishes: dict[str, int]) -> None:
     """Without feathering every pixel below 128 is the upload's own, the greys too."""
@@ -72,7 +72,7 @@ def test_any_grey_mask_is_cut_at_half(height: int, width: int, seed: int, wishes
     assert np.array_equal(pasted[mask < 128], image[mask < 128])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(height=st.integers(1, 300), width=st.integers(1, 300), seed=st.integers(0, 999), wishes=st.sampled_from(WISHES))
 def test_a_feathered_mask_keeps_black_exactly(height: int, width: int, seed: int, wishes: dict[str, int]) -> None:
     """With feathering every pixel of mask 0 is the upload's own, and none leaves the range of the two pictures."""

@@ -19,7 +19,7 @@ def opened(data: bytes) -> Image.Image:
     return Image.open(BytesIO(data))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), channels=st.sampled_from([3, 4]), seed=st.integers(0, 999))
 def test_png_and_webp_lose_nothing(height: int, width: int, channels: int, seed: int) -> None:
     """PNG and WebP of any size give back every value, RGB under a transparent alpha included."""

@@ -68,14 +68,14 @@ def test_a_png_with_any_byte_changed_is_refused(name: str) -> None:
         data[position] ^= 0x10
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.binary(max_size=300), prefix=st.sampled_from([b"", SIGNATURE, b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBPVP8X"]))
 def test_garbage_never_raises_anything_else(data: bytes, prefix: bytes) -> None:
     """Random bytes, bare or behind a real signature, are refused with a documented code."""
     assert code_of(prefix + data) in BAD_INPUT
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(name=st.sampled_from(sorted(SMALL_PICTURES)), data=st.data())
 def test_damaged_files_never_raise_anything_else(name: str, data: st.DataObject) -> None:
     """Real files with bytes changed decode or are refused with a documented code."""
@@ -85,7 +85,7 @@ def test_damaged_files_never_raise_anything_else(name: str, data: st.DataObject)
     assert code_of(bytes(damaged)) in {None, *BAD_INPUT}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     kind=st.sampled_from(
         [
@@ -113,7 +113,7 @@ def test_any_chunk_content_is_survived(kind: bytes, body: bytes) -> None:
     assert code_of(small_png(chunk(kind, body))) in {None, *BAD_INPUT}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(body=st.binary(max_size=120), order=st.sampled_from([b"", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08"]))
 @pytest.mark.filterwarnings("ignore")
 def test_broken_exif_never_costs_the_request(body: bytes, order: bytes) -> None:

@@ -23,7 +23,7 @@ def test_invert() -> None:
     assert np.array_equal(shape_mask(mask, invert=True, grow=0, blur=0), 255 - mask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),

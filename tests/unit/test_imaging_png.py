@@ -250,7 +250,7 @@ def test_both_libraries_decode_and_refuse_alike(name: str, monkeypatch: pytest.M
     assert outcome(data) == with_isal
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(name=st.sampled_from([name for name in USUAL if "block" not in name and "many" not in name]), data=st.data())
 @needs_isal
 def test_damaged_streams_are_judged_alike(name: str, data: st.DataObject, monkeypatch: pytest.MonkeyPatch) -> None:

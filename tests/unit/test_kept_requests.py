@@ -300,5 +300,5 @@ class Books(RuleBasedStateMachine):
                 assert refusal(self.kept, one, client) == expected_code
 
 
-Books.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+Books.TestCase.settings = settings(max_examples=60, stateful_step_count=30, derandomize=True)
 TestBooks = Books.TestCase

@@ -5,7 +5,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.worker.prompt_syntax import (
@@ -112,7 +112,6 @@ def test_break_ends_a_section_within_brackets_too() -> None:
     assert parse("a BREAK BREAK b") == [[Span("a ", 1.0)], [Span(" ", 1.0)], [Span(" b", 1.0)]]
 
 
-@settings(deadline=None)
 @given(SYNTAX)
 @example("(" * 2000)
 @example("(a" * 1000)
@@ -129,13 +128,11 @@ def test_no_text_breaks_the_parser(prompt: str) -> None:
         assert all(before.weight != after.weight for before, after in pairwise(section))
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="\\()[]"), max_size=200).filter(lambda text: "BREAK" not in text))
 def test_text_without_special_characters_parses_to_itself(prompt: str) -> None:
     assert pairs(prompt) == ([(prompt, 1.0)] if prompt else [])
 
 
-@settings(deadline=None)
 @given(st.text(max_size=100).filter(lambda text: "BREAK" not in text))
 def test_any_text_can_be_escaped(text: str) -> None:
     """With a backslash before each special character, a prompt means its characters."""
@@ -201,7 +198,6 @@ def test_number_of_chunks_is_bounded() -> None:
     assert lengths(split_into_chunks([words(5000)], SIZE, COMMA)) == [SIZE] * MAX_CHUNKS
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.lists(
