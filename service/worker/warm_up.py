@@ -211,27 +211,20 @@ def _capture(
             on_stage(f"capturing steps of {num_rows} rows")
 
     for is_compiled in (True, False):
-        try:
-            pipeline.capture_ticks(max_rows, is_compiled=is_compiled, on_rows=on_rows)
-        except DeviceLost:
-            raise
-        except Exception as error:  # noqa: BLE001 - a compiler has many ways to fail, none of which a model must die of
-            _give_up("compile the UNet" if is_compiled else "capture steps", settings, error)
-        else:
+        capture = partial(pipeline.capture_ticks, max_rows, is_compiled=is_compiled, on_rows=on_rows)
+        if _or_give_up("compile the UNet" if is_compiled else "capture steps", settings, capture):
             return
 
 
-def _or_give_up(what: str, settings: Settings, capture: Callable[[], None]) -> None:
+def _or_give_up(what: str, settings: Settings, capture: Callable[[], None]) -> bool:
+    """Whether it went well; if not, go on with less speed, unless the operator insists."""
     try:
         capture()
     except DeviceLost:
         raise
-    except Exception as error:  # noqa: BLE001 - as of the UNet
-        _give_up(what, settings, error)
-
-
-def _give_up(what: str, settings: Settings, error: Exception) -> None:
-    """Go on with less speed, unless the operator insists."""
-    if settings.compile == "on":
-        raise StartupError(f"cannot {what}: {first_line(error)}") from error
-    logger.warning("cannot %s, which costs speed: %s", what, first_line(error), exc_info=error)
+    except Exception as error:  # A compiler has many ways to fail, none of which a model must die of
+        if settings.compile == "on":
+            raise StartupError(f"cannot {what}: {first_line(error)}") from error
+        logger.warning("cannot %s, which costs speed: %s", what, first_line(error), exc_info=error)
+        return False
+    return True

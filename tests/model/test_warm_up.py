@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend
 
 from service.errors import StartupError
-from service.messages import CannotStart, Drain, Loading, Ready
+from service.messages import CannotStart, Command, Drain, Loading, Ready, Report
 from service.settings import Settings
 from service.worker import autoencoder, process, prompts, safety, warm_up
 from service.worker import pipeline as worker_pipeline
@@ -210,22 +210,28 @@ def _libraries() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
+def reports_of_a_process(settings: Settings, *commands: Command) -> list[Report]:
+    """What a worker process says that finds these in its pipe."""
+    ours, theirs = Pipe()
+    for command in commands:
+        ours.send(command)
+    process.run(theirs, settings, "cpu", 1)
+    theirs.close()
+    reports: list[Report] = []
+    while True:
+        try:
+            reports.append(ours.recv())
+        except EOFError:
+            return reports
+
+
 @pytest.mark.usefixtures("_libraries")
 def test_worker_that_cannot_compile_says_so_and_ends(
     inpainting_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`compile=on` on a CPU: the last word of the process names the device."""
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    ours, theirs = Pipe()
-    process.run(theirs, settings_of(inpainting_checkpoint, compile="on"), "cpu", 1)
-    theirs.close()
-    reports = []
-    while True:
-        try:
-            reports.append(ours.recv())
-        except EOFError:
-            break
-    *stages, last = reports
+    *stages, last = reports_of_a_process(settings_of(inpainting_checkpoint, compile="on"))
     assert all(isinstance(stage, Loading) for stage in stages)
     assert isinstance(last, CannotStart)
     assert last == CannotStart("cannot compile: the device is cpu; compiled and captured ticks need CUDA")
@@ -237,22 +243,14 @@ def test_ready_worker_does_not_look_for_garbage_in_what_it_has_loaded(
 ) -> None:
     """Hundreds of thousands of objects: of torch and its companions, and of the model."""
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    ours, theirs = Pipe()
-    ours.send(Drain())
     num_loaded = len(gc.get_objects())
     try:
-        process.run(theirs, settings_of(inpainting_checkpoint), "cpu", 1)
+        *_, last = reports_of_a_process(settings_of(inpainting_checkpoint), Drain())
         assert gc.get_freeze_count() > num_loaded // 2
         assert len(gc.get_objects()) < num_loaded // 2
     finally:
         gc.unfreeze()
-    theirs.close()
-    reports = []
-    while ours.poll():
-        reports.append(ours.recv())
-        if isinstance(reports[-1], Ready):
-            break
-    assert isinstance(reports[-1], Ready)
+    assert isinstance(last, Ready)
 
 
 # --- as if a CPU could -------------------------------------------------------
