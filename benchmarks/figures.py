@@ -126,6 +126,18 @@ def goodput(latencies: Sequence[float], bound_seconds: float, window_seconds: fl
     return sum(latency <= bound_seconds for latency in latencies) / window_seconds
 
 
+def rate_within(one: Round, begin_seconds: float, end_seconds: float) -> float:
+    """Good answers a second of a stretch within a round, by the moments at which they ended.
+
+    Raises:
+        ValueError: The stretch has no length.
+    """
+    if end_seconds <= begin_seconds:
+        raise ValueError("a rate needs a stretch of some length")
+    ends = [answer.due_seconds + answer.latency_seconds for answer in one.good]
+    return sum(begin_seconds <= end < end_seconds for end in ends) / (end_seconds - begin_seconds)
+
+
 def steady_rates(one: Round) -> tuple[float, float]:
     """Good answers and model calls a second of a closed loop, without its start and its end.
 

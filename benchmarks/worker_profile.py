@@ -98,7 +98,8 @@ def take(
     feeder.start()
     theirs.close()
     try:
-        Worker(ours, profiled, Batcher(max_images), jobs_for(torch_device.type)).run()
+        jobs = jobs_for(torch_device.type, settings.hang_timeout)
+        Worker(ours, profiled, Batcher(max_images), jobs).run()
     finally:
         ours.close()
         feeder.join(END_SECONDS)

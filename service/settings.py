@@ -147,7 +147,9 @@ class Settings(BaseModel):
     queue_size: int = Field(64, ge=1, le=100_000, description="Requests that may wait before new ones get 429.")
     timeout: float = Field(300.0, gt=0, description="Seconds after admission within which a request is answered.")
     drain_timeout: float = Field(60.0, gt=0, description="Seconds that accepted requests get after SIGTERM.")
-    hang_timeout: float = Field(120.0, gt=0, description="Seconds without a sign of life before a worker is replaced.")
+    hang_timeout: float = Field(
+        120.0, gt=0, description="Seconds without a sign of life, or at one job, after which a worker is replaced."
+    )
     load_timeout: float = Field(1800.0, gt=0, description="Seconds that a worker may take to load and warm up.")
 
     # HTTP.

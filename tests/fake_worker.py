@@ -7,6 +7,7 @@ knows what the right answer is. A word in the prompt makes a request misbehave:
     nan     answered with NAN_OUTPUT after its first step
     crash   the process kills itself after the first step
     hang    the process stops looking at its pipe after the first step
+    linger  the worker fails after the first step, and its process does not come to its end
     slow    ten times as many steps
     nsfw    flagged, and black
     hold    its last step is not done before the file named by `gate` exists
@@ -40,6 +41,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -349,6 +351,9 @@ class FakeWorker:
                 os.kill(os.getpid(), signal.SIGKILL)
             if generation.asks_for("hang"):
                 time.sleep(3600)
+            if generation.asks_for("linger"):
+                threading.Thread(target=time.sleep, args=(3600,)).start()
+                raise RuntimeError("lingers")
             if generation.asks_for("fail"):
                 self.fail(generation, ErrorCode.INTERNAL)
             elif generation.asks_for("nan"):

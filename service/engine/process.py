@@ -168,6 +168,7 @@ def _child(spec: WorkerSpec, connection: Connection) -> None:
     except Exception:
         # Python itself would print all that the exception says, which may be a client's text.
         logger.exception("worker %s (%s) failed", spec.name, spec.device)
+        connection.close()  # To leave may take long, or never end, where a device hangs: its requests must not wait.
         sys.exit(1)
 
 

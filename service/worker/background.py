@@ -6,15 +6,19 @@ needs no locks.
 """
 
 import itertools
+import math
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
+
+from service.worker.faults import DeviceLost
 
 _T = TypeVar("_T")
 
@@ -61,6 +65,7 @@ class Jobs(Protocol):
 
         Raises:
             BaseException: Whatever a job raised.
+            DeviceLost: A job takes so long that it is taken to hang.
         """
 
     def __enter__(self) -> Self: ...
@@ -92,11 +97,17 @@ class InlineJobs(AbstractContextManager["InlineJobs"]):
 
 
 class ThreadedJobs:
-    """One thread for each lane, from `with` to its end."""
+    """One thread for each lane, from `with` to its end.
+
+    Args:
+        max_job_seconds: A job that takes longer is taken to hang: it waits for a device that never answers. The loop
+            goes on meanwhile, so that nobody else would notice.
+    """
 
     are_background = True
 
-    def __init__(self) -> None:
+    def __init__(self, max_job_seconds: float = math.inf) -> None:
+        self._max_job_seconds = max_job_seconds
         self._bell = _Bell()
         self._ended: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._num_pending = 0
@@ -120,7 +131,10 @@ class ThreadedJobs:
         self._lanes[lane].put(partial(_run, work, then), is_courtesy=is_courtesy)
 
     def collect(self) -> None:
-        """Do the `then` of every job that has ended."""
+        """Do the `then` of every job that has ended; those that hang lose the device."""
+        for lane, thread in self._lanes.items():
+            if thread.seconds_at_job > self._max_job_seconds:
+                raise DeviceLost(f"{lane.value}: a job has not ended within {self._max_job_seconds:g} s")
         # First: a job that ends from here on rings again.
         self._bell.hush()
         with suppress(queue.Empty):
@@ -158,11 +172,18 @@ class _LaneThread(threading.Thread):
     def __init__(self, name: str, end: Callable[[Callable[[], None]], None]) -> None:
         super().__init__(name=name, daemon=True)
         self._end = end
+        self._began_at: float | None = None
         self._numbers = itertools.count()
         # (rank, number, job): by rank, then in order. The end of the thread outranks every job.
         self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], Callable[[], None]] | None]] = (
             queue.PriorityQueue()
         )
+
+    @property
+    def seconds_at_job(self) -> float:
+        """How long the job under way has taken so far; 0 where none is. Asked by other threads."""
+        began_at = self._began_at
+        return 0.0 if began_at is None else time.monotonic() - began_at
 
     def put(self, job: Callable[[], Callable[[], None]], *, is_courtesy: bool) -> None:
         """Do it when its turn comes."""
@@ -175,7 +196,11 @@ class _LaneThread(threading.Thread):
     def run(self) -> None:
         """Work until stopped."""
         while (job := self._jobs.get()[2]) is not None:
-            self._end(job())
+            self._began_at = time.monotonic()
+            ended = job()
+            self._began_at = None
+            self._end(ended)
+            del ended
             del job  # What it holds must not stay until the next one comes.
 
 

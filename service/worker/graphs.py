@@ -1,9 +1,17 @@
-"""Functions of a batch as CUDA graphs: the host starts them with one call, whatever they consist of."""
+"""Functions of a batch as CUDA graphs: the host starts them with one call, whatever they consist of.
+
+Graphs that may be replayed at the same time are captured on different streams. torch gives cuBLAS one workspace for
+each stream, whose address becomes part of a graph: products that are split along K leave their parts there, and count
+them. Two graphs of one stream, replayed side by side, would take each other's parts for their own, or wait for parts
+that never come.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from service.worker.streams import stream_of_its_own
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8)
 """To capture: few, and never far apart."""
@@ -19,7 +27,7 @@ class _Graph:
 
 
 class GraphedFunction:
-    """A function of (N, ...) tensors, captured for a few N. Used by one thread.
+    """A function of (N, ...) tensors, captured for a few N. Used by one thread, beside other graphs.
 
     Args:
         function: Gives (N, ...); what it reads besides its argument stays where it is.
@@ -31,15 +39,15 @@ class GraphedFunction:
         self._row_shape = example.shape[1:]
         self._graphs: dict[int, _Graph] = {}
         pool = None
-        for batch_size in sorted(batch_sizes, reverse=True):  # The smaller ones use the largest one's memory.
-            inputs = example.expand(batch_size, *self._row_shape).contiguous()
-            function(inputs)  # Whatever is chosen or compiled at a first call is by then.
-            graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.current_stream(example.device)
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = function(inputs)
-            pool = graph.pool()
-            self._graphs[batch_size] = _Graph(graph.replay, inputs, outputs)
+        with stream_of_its_own(example.device) as stream:
+            for batch_size in sorted(batch_sizes, reverse=True):  # The smaller ones use the largest one's memory.
+                inputs = example.expand(batch_size, *self._row_shape).contiguous()
+                function(inputs)  # Whatever is chosen, compiled or allocated at a first call is by then.
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = function(inputs)
+                pool = graph.pool()
+                self._graphs[batch_size] = _Graph(graph.replay, inputs, outputs)
 
     def fits(self, batch: torch.Tensor) -> bool:
         """Whether there is a graph for it."""

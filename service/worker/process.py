@@ -60,15 +60,20 @@ def run(connection: Connection, settings: Settings, device: str, cpu_threads: in
             load_seconds=time.monotonic() - started_at,
         )
     )
-    Worker(connection, pipeline, Batcher(warmed_up.max_images), jobs_for(torch_device.type)).run()
+    jobs = jobs_for(torch_device.type, settings.hang_timeout)
+    Worker(connection, pipeline, Batcher(warmed_up.max_images), jobs).run()
 
 
-def jobs_for(device_type: str) -> Jobs:
+def jobs_for(device_type: str, max_job_seconds: float) -> Jobs:
     """Where a worker prepares and finishes.
 
     On a CPU, threads would only take the cores from the running batch.
+
+    Args:
+        device_type: Of the torch device.
+        max_job_seconds: A job beside the loop that takes longer is taken to hang.
     """
     if device_type == "cpu":
         return InlineJobs()
     sys.setswitchinterval(SWITCH_SECONDS)
-    return ThreadedJobs()
+    return ThreadedJobs(max_job_seconds)

@@ -44,6 +44,19 @@ class ThreadStreams:
             torch.cuda.current_stream(self._device).synchronize()
 
 
+@contextmanager
+def stream_of_its_own(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """A new stream of a CUDA device, the current one inside: what is done there comes after what was done before.
+
+    And what follows comes after it.
+    """
+    outside, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        yield stream
+    outside.wait_stream(stream)
+
+
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A CPU tensor's copy on the device; the host does not wait for it."""
     if device.type != "cuda":

@@ -1,8 +1,8 @@
 """The VAE in batches, and functions of batches as graphs: what is captured is used where it fits, and only there."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +122,7 @@ class Doubling:
     def __init__(self) -> None:
         self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
         self.num_rows: list[int] = []
+        self.captured_on: list[object] = []
 
     def __call__(self, batch: torch.Tensor) -> torch.Tensor:
         """Twice as much."""
@@ -150,8 +151,9 @@ def doubling(monkeypatch: pytest.MonkeyPatch) -> Doubling:
             outputs.copy_(2 * inputs)
 
     class Capture:
-        def __init__(self, graph: CudaGraph, **_: Any) -> None:
+        def __init__(self, graph: CudaGraph, *, stream: object, **_: Any) -> None:
             self._graph = graph
+            function.captured_on.append(stream)
 
         def __enter__(self) -> None:
             function.latest = None
@@ -161,7 +163,7 @@ def doubling(monkeypatch: pytest.MonkeyPatch) -> Doubling:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CudaGraph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace())
+    monkeypatch.setattr("service.worker.graphs.stream_of_its_own", lambda _: nullcontext(object()))
     function.num_rows = replayed
     return function
 
@@ -175,6 +177,16 @@ def test_graph_is_filled_up_and_gives_what_was_asked(doubling: Doubling) -> None
         assert captured.fits(batch)
         assert torch.equal(captured(batch), 2 * batch)
         assert doubling.num_rows.pop() == replayed
+
+
+def test_graphs_of_one_function_share_a_stream_and_those_of_two_do_not(doubling: Doubling) -> None:
+    """What cuBLAS works in belongs to the stream of a capture, and different functions may be replayed side by side."""
+    for _ in range(2):
+        GraphedFunction(doubling, torch.zeros(1, 3), (1, 2))
+    first, again, second, second_again = doubling.captured_on
+    assert first is again
+    assert second is second_again
+    assert first is not second
 
 
 def test_results_outlive_the_next_call(doubling: Doubling) -> None:

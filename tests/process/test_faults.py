@@ -96,6 +96,18 @@ def test_request_lost_twice_is_given_up(run: Run) -> None:
     run(main)
 
 
+def test_worker_that_fails_and_does_not_exit_is_replaced_at_once(run: Run) -> None:
+    """A process that a hanging device keeps from ending: nobody waits for the watchdog."""
+
+    async def main() -> None:
+        async with running({"step_seconds": 0.01}, hang_timeout=3600) as client:
+            lingering, neighbour = client.submit(1, "linger"), client.submit(2)
+            assert await code_of(lingering) == ErrorCode.WORKER_LOST
+            await client.assert_right(neighbour)
+
+    run(main)
+
+
 def test_cancelled_request_is_not_run_again(run: Run, gate: Gate) -> None:
     """A request that was given up before its worker died is gone for good."""
 

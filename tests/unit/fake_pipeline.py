@@ -161,6 +161,9 @@ class DrivenWorker:
         pipeline: What it runs.
         max_images: Its cap.
         jobs: Where it prepares and finishes; by default where it steps.
+
+    Attributes:
+        gone: Set when it has ended.
     """
 
     def __init__(self, pipeline: object, max_images: int = 4, jobs: Jobs | None = None) -> None:
@@ -170,6 +173,7 @@ class DrivenWorker:
         self._worker = Worker(theirs, pipeline, self.batcher, jobs)  # type: ignore[arg-type]
         self._theirs = theirs
         self.error: BaseException | None = None
+        self.gone = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -179,6 +183,7 @@ class DrivenWorker:
             self.error = error
         finally:
             self._theirs.close()
+            self.gone.set()
 
     def start(self) -> None:
         """Let it read what was sent."""

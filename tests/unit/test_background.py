@@ -11,6 +11,7 @@ import pytest
 
 from service.worker import background
 from service.worker.background import InlineJobs, Lane, ThreadedJobs
+from service.worker.faults import DeviceLost
 
 
 @pytest.fixture
@@ -49,6 +50,33 @@ def test_work_runs_elsewhere_and_its_end_here(jobs: ThreadedJobs) -> None:
     assert not jobs.is_idle
     collect_all(jobs)
     assert threads == [jobs._lanes[Lane.PREPARE], threading.current_thread()]
+
+
+@pytest.mark.parametrize("lane", Lane)
+def test_job_that_hangs_loses_the_device(lane: Lane) -> None:
+    """Whoever collects is told, though no job ends."""
+    gate = threading.Event()
+    with ThreadedJobs(max_job_seconds=0.05) as jobs:
+        jobs.submit(lane, gate.wait, lambda _: None)
+        while jobs._lanes[lane].seconds_at_job <= 0.05:
+            time.sleep(0.01)
+        with pytest.raises(DeviceLost, match=lane.value):
+            jobs.collect()
+        gate.set()
+
+
+def test_lane_without_a_job_does_not_hang(jobs: ThreadedJobs) -> None:
+    """Neither before its first job nor after one is time counted."""
+    lanes = jobs._lanes.values()
+    assert [lane.seconds_at_job for lane in lanes] == [0.0, 0.0]
+    reached, gate = threading.Event(), threading.Event()
+    jobs.submit(Lane.PREPARE, lambda: (reached.set(), gate.wait(60)), lambda _: None)
+    assert reached.wait(60)
+    assert jobs._lanes[Lane.PREPARE].seconds_at_job > 0.0
+    jobs.collect()  # Far from the limit, which is none here.
+    gate.set()
+    collect_all(jobs)
+    assert [lane.seconds_at_job for lane in lanes] == [0.0, 0.0]
 
 
 def test_lanes_do_not_wait_for_each_other(jobs: ThreadedJobs) -> None:

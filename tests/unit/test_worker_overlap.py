@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import wait
 from types import SimpleNamespace
 
@@ -443,6 +444,26 @@ def test_hanging_job_does_not_keep_the_worker(monkeypatch: pytest.MonkeyPatch) -
     hold.release()
     thread.join(60)
     worker.assert_no_thread_left()
+
+
+@pytest.mark.parametrize("stage", ["prepare", "finish"])
+def test_job_that_hangs_ends_the_worker_though_its_loop_goes_on(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """A loop that answers its pings over a device that never does would keep its requests for ever."""
+    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.01)
+    hold, jobs = Hold(stage), ThreadedJobs(max_job_seconds=0.05)
+    worker = DrivenWorker(FakePipeline(hold), jobs=jobs)
+    worker.send(Submit("a", make_request()))
+    worker.start()
+    assert hold.reached.wait(60)
+    with suppress(OSError):  # It is gone.
+        while not worker.gone.wait(0.01):
+            worker.send(Ping(0))
+    assert worker.gone.wait(60)
+    assert isinstance(worker.error, DeviceLost)
+    hold.release()
+    for thread in jobs._lanes.values():
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 # --- previews -----------------------------------------------------------------------------

@@ -19,13 +19,13 @@ def intervals(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_cpu_does_all_on_the_loops_thread(intervals: list[float]) -> None:
     """Threads would only take the cores from the running batch."""
-    assert isinstance(jobs_for("cpu"), InlineJobs)
+    assert isinstance(jobs_for("cpu", 60), InlineJobs)
     assert intervals == []
 
 
 def test_other_devices_get_threads_that_give_way(intervals: list[float]) -> None:
     """The loop must be able to start the next step while another thread is in Python."""
-    assert isinstance(jobs_for("cuda"), ThreadedJobs)
+    assert isinstance(jobs_for("cuda", 60), ThreadedJobs)
     assert intervals == [SWITCH_SECONDS]
     assert sys.getswitchinterval() > SWITCH_SECONDS
 
