@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.figures import goodput, spread_of, steady_rates, summary_of
+from benchmarks.figures import goodput, rate_within, spread_of, steady_rates, summary_of
 from benchmarks.load import GOOD, TIMEOUT, Answer, Round
 
 
@@ -44,6 +44,16 @@ def test_a_round_without_a_good_answer_has_figures_too() -> None:
     """Nothing good is zero a second and no latency, not an error that ends the measurement."""
     summary = summary_of(Round((answer(0, 1, "status 503"),), 1.0, 1.0, is_cut_short=False), bound_seconds=1.0)
     assert (summary.achieved_per_second, summary.goodput_per_second, summary.latency) == (0.0, 0.0, None)
+
+
+def test_rate_within_counts_good_answers_by_their_ends() -> None:
+    """Those that end at its end belong to what follows."""
+    answers = (answer(0, 2), answer(1, 2), answer(1, 3), answer(2, 1.5, TIMEOUT), answer(0, 1))
+    one = Round(answers, 4.0, 4.0, is_cut_short=False)
+    assert rate_within(one, 2.0, 4.0) == 1.0
+    assert rate_within(one, 4.0, 6.0) == 0.5
+    with pytest.raises(ValueError, match="length"):
+        rate_within(one, 2.0, 2.0)
 
 
 @pytest.mark.parametrize("first_end", [0.5, 2.0])
