@@ -9,6 +9,9 @@ new states out, so that nothing of a request lives in the buffers. It never wait
 
 What a graph computes it computes for all its rows: a batch of fewer rows is filled
 up with copies of its last one.
+
+The graphs are captured on the stream of the thread that replays them, one after the
+other; what runs beside them is captured elsewhere (`service.worker.graphs` says why).
 """
 
 import logging

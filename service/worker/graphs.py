@@ -48,6 +48,7 @@ class GraphedFunction:
                     outputs = function(inputs)
                 pool = graph.pool()
                 self._graphs[batch_size] = _Graph(graph.replay, inputs, outputs)
+        torch.cuda.empty_cache()  # What the calls before the captures left could only be used on that stream again.
 
     def fits(self, batch: torch.Tensor) -> bool:
         """Whether there is a graph for it."""
