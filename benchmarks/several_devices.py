@@ -5,7 +5,7 @@
 
 Starts this service with one worker per device and, in turn,
 
-1. sends the same request of `batching=solo` to all workers at once: the pictures must be equal;
+1. sends the same request of `batching=solo` to all workers at once, and compares the pictures;
 2. keeps all of them busy with requests of mixed steps;
 3. does so again, and kills one worker a third of the way;
 4. starts the service on the first device alone, and keeps it busy with as many clients per device.
@@ -24,9 +24,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,10 @@ from PIL import Image
 
 from benchmarks import servers
 from benchmarks.checkpoints import make_checkpoint
-from benchmarks.figures import Summary, rate_within, steady_rates, summary_of
+from benchmarks.figures import rate_within, steady_rates, summary_of
 from benchmarks.load import Round, closed_loop, open_client
-from benchmarks.report import card, machine_facts, num_cores, words
+from benchmarks.report import card, machine_facts, num_cores
+from benchmarks.several_devices_report import Copies, Load, Loss, Report
 from benchmarks.traffic import Job, Mix, draw_jobs
 from benchmarks.watch import Watch, roles_of
 
@@ -55,111 +56,6 @@ CPU_DEVICES = ("cpu", "cpu")
 
 class NotReadyError(Exception):
     """A worker was not ready in time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What a closed loop on some devices came to.
-
-    Attributes:
-        devices: How many.
-        clients: How many, over all devices.
-        summary: All of its requests.
-        images_per_second: Without its start and end.
-        busy_ratio: Share of time with a kernel running by device, as NVML has it; empty without NVML.
-        api_cpu_seconds: Of the API process, for each request.
-    """
-
-    devices: int
-    clients: int
-    summary: Summary
-    images_per_second: float
-    busy_ratio: tuple[float, ...]
-    api_cpu_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """What killing a worker came to.
-
-    Attributes:
-        load: Of the whole stretch.
-        killed_at_seconds: From its start.
-        after_per_second: Good answers a second from then to the end of sending.
-        ready_again_seconds: From the kill until all workers were ready again.
-    """
-
-    load: Load
-    killed_at_seconds: float
-    after_per_second: float
-    ready_again_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Everything measured.
-
-    Attributes:
-        facts: What it was measured on.
-        start_seconds: Until all workers were ready.
-        copies: Pictures of the same request, painted by all workers at once.
-        different_copies: How many different ones there are among them.
-        largest_difference: Of any two of them, at any pixel, in levels of 255.
-        together: All devices.
-        loss: All devices, one worker killed.
-        alone: The first device.
-    """
-
-    facts: dict[str, Any]
-    start_seconds: float
-    copies: int
-    different_copies: int
-    largest_difference: int
-    together: Load
-    loss: Loss
-    alone: Load
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether a request got no good answer."""
-        loads = (self.together, self.loss.load, self.alone)
-        return any(set(load.summary.outcomes) != {"good"} for load in loads)
-
-    def markdown(self) -> str:
-        """The table, and under it what one needs to know to read it."""
-        rows = {
-            f"{self.alone.devices} device": self.alone,
-            f"{self.together.devices} devices": self.together,
-            f"{self.together.devices} devices, one worker killed": self.loss.load,
-        }
-        lines = [
-            "| | clients | answers | images/s | p50, s | p95, s | longest, s | devices busy | API, ms/request |",
-            "|---|---:|---|---:|---:|---:|---:|---|---:|",
-            *(f"| {name} | {_cells(load)} |" for name, load in rows.items()),
-            "",
-            f"- together / alone: {self.together.images_per_second / self.alone.images_per_second:.2f}",
-            f"- killed after {self.loss.killed_at_seconds:.1f} s, then {self.loss.after_per_second:.2f} images/s",
-            f"- all workers ready again {self.loss.ready_again_seconds:.0f} s after the kill, beside another start",
-            f"- ready after {self.start_seconds:.0f} s",
-            f"- different pictures among {self.copies} of one request: {self.different_copies}",
-            f"- their largest difference at any pixel, in levels of 255: {self.largest_difference}",
-            *(f"- {name}: {words(value)}" for name, value in self.facts.items()),
-        ]
-        return "\n".join(lines) + "\n"
-
-
-def _cells(load: Load) -> str:
-    spread = load.summary.latency
-    latencies = ("-",) * 3 if spread is None else (spread.p50_seconds, spread.p95_seconds, spread.max_seconds)
-    cells = [
-        str(load.clients),
-        words(load.summary.outcomes),
-        f"{load.images_per_second:.2f}",
-        *(each if isinstance(each, str) else f"{each:.2f}" for each in latencies),
-        ", ".join(f"{ratio:.1%}" for ratio in load.busy_ratio) or "-",
-        f"{1000 * load.api_cpu_seconds:.0f}",
-    ]
-    return " | ".join(cells)
 
 
 def measure(arguments: argparse.Namespace, model: str, compile_cache: Path) -> Report:
@@ -185,8 +81,8 @@ def measure(arguments: argparse.Namespace, model: str, compile_cache: Path) -> R
         wait_until_ready(server, gives_up_at)
         start_seconds = time.monotonic() - started_at
         _say(f"{len(devices)} workers ready after {start_seconds:.0f} s")
-        pictures = asyncio.run(_copies(server, _jobs(arguments, 1)[0], COPIES_PER_DEVICE * len(devices)))
-        _say(f"{len(set(pictures))} different pictures among {len(pictures)} of one request")
+        copies = asyncio.run(_copies(server, _jobs(arguments, 1)[0], COPIES_PER_DEVICE * len(devices)))
+        _say(f"{copies.different} different pictures of {copies.requests} requests for one, {copies.failed} failed")
         together, _ = _load(server, devices, arguments)
         _say(f"{len(devices)} devices: {together.images_per_second:.2f} images/s, {together.summary.outcomes}")
         killing = KILL_SHARE * arguments.seconds
@@ -203,8 +99,7 @@ def measure(arguments: argparse.Namespace, model: str, compile_cache: Path) -> R
         )
         wait_until_ready(single, gives_up_at)
         alone, _ = _load(single, devices[:1], arguments)
-        copies = len(pictures), len(set(pictures)), largest_difference(pictures)
-        return Report(facts, start_seconds, *copies, together, loss, alone)
+        return Report(facts, start_seconds, copies, together, loss, alone)
 
 
 def wait_until_ready(server: servers.Server, gives_up_at: float) -> None:
@@ -273,22 +168,30 @@ async def _kill_worker(server: servers.Server, after_seconds: float) -> None:
     max((child for child in children if roles[child.pid] == "worker"), key=lambda child: child.create_time()).kill()
 
 
-async def _copies(server: servers.Server, job: Job, count: int) -> list[bytes]:
+async def _copies(server: servers.Server, job: Job, count: int) -> Copies:
     """The same request so often at once, each painted with nobody beside it."""
     files = {"image": ("image.png", job.image, "image/png"), "mask": ("mask.png", job.mask, "image/png")}
+    fields = job.fields | {"batching": "solo"}
     async with open_client() as client:
 
-        async def one() -> bytes:
-            fields = job.fields | {"batching": "solo"}
-            response = await client.post(server.url, data=fields, files=files, headers={"Accept": "image/png"})
-            return response.raise_for_status().content
+        async def one() -> bytes | None:
+            try:
+                response = await client.post(server.url, data=fields, files=files, headers={"Accept": "image/png"})
+                return response.raise_for_status().content
+            except httpx.HTTPError as error:
+                _say(f"{type(error).__name__}: {error}")
+                return None
 
-        return await asyncio.gather(*(one() for _ in range(count)))
+        answers = await asyncio.gather(*(one() for _ in range(count)))
+    pictures = {answer for answer in answers if answer is not None}
+    return Copies(count, answers.count(None), len(pictures), largest_difference(pictures))
 
 
-def largest_difference(pictures: Sequence[bytes]) -> int:
-    """Of any two pictures of one size, at any pixel and channel, in levels of 255."""
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) for picture in set(pictures)])
+def largest_difference(pictures: Collection[bytes]) -> int:
+    """Of any two pictures of one size, at any pixel and channel, in levels of 255; 0 where there are not two."""
+    if not pictures:
+        return 0
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) for picture in pictures])
     return int((pixels.max(axis=0).astype(int) - pixels.min(axis=0)).max())
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from benchmarks.figures import Summary, spread_of
 from benchmarks.peers.wire import PATH
 from benchmarks.servers import Server
-from benchmarks.several_devices import Load, Loss, NotReadyError, Report, largest_difference, wait_until_ready
+from benchmarks.several_devices import NotReadyError, largest_difference, wait_until_ready
+from benchmarks.several_devices_report import Copies, Load, Loss, Report
 from tests.unit.benchmark_server import Reply, Request, serving
 
 
@@ -38,7 +39,7 @@ def report(outcomes: dict[str, int]) -> Report:
     """Two devices that are nearly twice as fast as one; `outcomes` are of the load with a loss."""
     loss = Loss(load(2, 15.0, outcomes), killed_at_seconds=6.0, after_per_second=11.5, ready_again_seconds=70.0)
     together, alone = load(2, 21.0, {"good": 100}), load(1, 10.5, {"good": 50})
-    return Report({"devices": ["cuda:0", "cuda:1"]}, 200.0, 8, 1, 0, together, loss, alone)
+    return Report({"devices": ["cuda:0", "cuda:1"]}, 200.0, Copies(8, 0, 1, 0), together, loss, alone)
 
 
 def test_report_compares_and_tells_of_the_loss() -> None:
@@ -54,6 +55,13 @@ def test_report_compares_and_tells_of_the_loss() -> None:
 def test_one_request_without_a_good_answer_is_a_failure(outcomes: dict[str, int], has_failed: bool) -> None:
     """Also of the load in which a worker was killed."""
     assert report(outcomes).has_failed is has_failed
+
+
+def test_copy_without_a_picture_is_a_failure() -> None:
+    """Though all loads went well."""
+    found = dataclasses.replace(report({"good": 90}), copies=Copies(8, 1, 1, 0))
+    assert found.has_failed
+    assert "8 times the same request at once: 1 failed" in found.markdown()
 
 
 def test_load_without_a_good_answer_is_told_of_too() -> None:
@@ -74,6 +82,7 @@ def test_largest_difference_is_over_all_pictures_and_pixels() -> None:
         Image.fromarray(pixels).save(buffer, format="PNG")
         return buffer.getvalue()
 
+    assert largest_difference([]) == 0
     assert largest_difference([png(100), png(100)]) == 0
     assert largest_difference([png(98), png(100), png(103), png(98)]) == 5
 
