@@ -42,7 +42,7 @@ from benchmarks.mixed import MixedTraffic, Outcome, faults_of
 from benchmarks.references import Known, WrongAnswerError, take_references
 from benchmarks.report import machine_facts
 from benchmarks.scrape import scrape
-from benchmarks.servers import Server, ServerFailedError, Where, inpaint_service
+from benchmarks.servers import Server, ServerFailedError, Where, inpaint_service, wait_for_all_workers
 from benchmarks.verdicts import all_hold
 
 BUNDLED = "demo"
@@ -181,14 +181,11 @@ class Run:
 
     async def _becomes_ready(self, server: Server) -> bool:
         """Whether all workers are ready within a time that longer pauses have room in, too."""
-        give_up_at = time.monotonic() + READY_SECONDS
-        async with httpx.AsyncClient(base_url=server.base_url, trust_env=False, timeout=30.0) as client:
-            while time.monotonic() < give_up_at:
-                workers = (await client.get("/readyz")).json()["workers"]
-                if all(worker["state"] == "ready" for worker in workers):
-                    return True
-                await asyncio.sleep(POLL_SECONDS)
-        return False
+        try:
+            await asyncio.to_thread(wait_for_all_workers, server, time.monotonic() + READY_SECONDS)
+        except ServerFailedError:
+            return False
+        return True
 
     def _left(self, server: Server) -> Left:
         """At rest, when nothing is in flight and connections are closed."""

@@ -18,14 +18,12 @@ makes tables and plots of it. `--tiny` tries everything on a CPU in two minutes.
 """
 
 import argparse
-import shlex
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from benchmarks.checkpoints import make_checkpoint
 from benchmarks.measurement import Measurement
 from benchmarks.page import overview
 from benchmarks.pieces import FULL, TINY, Budget, Plan
-from benchmarks.report import card, machine_facts, num_cores
+from benchmarks.report import card, machine_facts, num_cores, run_facts
 
 LITSERVE_MAX_BATCH = 8
 COMPILE_CACHE = "INPAINT_COMPILE_CACHE"
@@ -142,8 +140,7 @@ def _facts(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "dtype": arguments.dtype,
         "requests": f"{plan.size}x{plan.size} PNG, {plan.steps} or {steps} steps, guidance on, five schedulers, "
         f"seed {arguments.seed}",
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **run_facts("benchmarks.gpu"),
     }
 
 

@@ -40,7 +40,7 @@ from benchmarks.exchange import Address, Wire, address_of, exchange
 from benchmarks.fast_prometheus import Prometheus, find_binary, prometheus
 from benchmarks.monitoring_report import Found, Phase, panels_of, report, verdicts
 from benchmarks.report import machine_facts
-from benchmarks.servers import Server, ServerFailedError, Where, inpaint_service
+from benchmarks.servers import Server, ServerFailedError, Where, inpaint_service, wait_for_all_workers
 from benchmarks.verdicts import all_hold
 from tests.http.receiver import receiving
 
@@ -299,7 +299,7 @@ def _watch(binary: str, arguments: argparse.Namespace) -> Found:
         server = stack.enter_context(
             inpaint_service(arguments.model, where, environment=environment, entry=entry, log=log)
         )
-        _wait_for_all(server)
+        wait_for_all_workers(server, time.monotonic() + 2 * GIVE_UP_SECONDS)
         target = "{}:{}".format(*address_of(server.base_url))
         (folder / "prometheus").mkdir()
         slow_seconds = max(1.0, SLOW * asyncio.run(_usual_seconds(server, arguments.seed)))
@@ -309,17 +309,6 @@ def _watch(binary: str, arguments: argparse.Namespace) -> Found:
             return asyncio.run(Run(server, watcher, demand, log, webhook=receiver.url(), seed=arguments.seed).take())
         finally:
             (arguments.out / "monitoring.log").write_bytes(log.read_bytes())
-
-
-def _wait_for_all(server: Server) -> None:
-    """The service is ready with its first worker; here all have to be."""
-    give_up_at = time.monotonic() + 2 * GIVE_UP_SECONDS
-    while time.monotonic() < give_up_at:
-        answer = httpx.get(f"{server.base_url}/readyz", trust_env=False, timeout=10.0).json()
-        if all(worker["state"] == "ready" for worker in answer["workers"]):
-            return
-        time.sleep(POLL_SECONDS)
-    raise ServerFailedError("only some workers became ready")
 
 
 def _arguments() -> argparse.Namespace:

@@ -3,11 +3,14 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,16 @@ def card(device: str) -> str:
     query = [tool, f"--id={chosen}", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return ", ".join(part.strip() for part in answer.stdout.split(",")) or "unknown"
+
+
+def run_facts(module: str) -> dict[str, Any]:
+    """How, and when, this is measured: the command that this process was started with, and the date in UTC.
+
+    Args:
+        module: That is run, such as "benchmarks.gpu".
+    """
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    return {"command": command, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
 def num_cores() -> int:

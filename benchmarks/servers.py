@@ -29,6 +29,7 @@ START_SECONDS = 900.0
 """Compiling takes minutes."""
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 30.0
 
 CPU_ENVIRONMENT: Mapping[str, str] = MappingProxyType({"GOMP_SPINCOUNT": "1000"})
 """As the service sets it for its workers: libgomp's threads otherwise spin at every barrier, and a peer takes ten times
@@ -187,6 +188,26 @@ def _peer(  # noqa: PLR0917 - what a command is made of
     command += ["--threads", str(where.threads), *(["--dtype", where.dtype] if where.dtype else []), *options]
     common = CPU_ENVIRONMENT if where.device == "cpu" else NO_CHANGES
     return _running(name, command, port, {**common, **environment})
+
+
+def wait_for_all_workers(server: Server, give_up_at: float) -> None:
+    """Until all workers of this service are ready; it calls itself ready with its first one.
+
+    Args:
+        server: From `inpaint_service`.
+        give_up_at: By `time.monotonic()`.
+
+    Raises:
+        ServerFailedError: They are not, by then.
+    """
+    states: list[str] = []
+    with httpx.Client(base_url=server.base_url, trust_env=False, timeout=LOOK_SECONDS) as client:
+        while time.monotonic() < give_up_at:
+            states = [worker["state"] for worker in client.get("/readyz").json()["workers"]]
+            if all(state == "ready" for state in states):
+                return
+            time.sleep(POLL_SECONDS)
+    raise ServerFailedError(f"only some workers became ready: {', '.join(states)}")
 
 
 @contextmanager

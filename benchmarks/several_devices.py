@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import io
 import json
-import shlex
 import signal
 import sys
 import tempfile
@@ -27,43 +26,35 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 from PIL import Image
 
 from benchmarks import servers
 from benchmarks.checkpoints import make_checkpoint
 from benchmarks.figures import rate_within, steady_rates, summary_of
 from benchmarks.load import Round, closed_loop, open_client
-from benchmarks.report import card, machine_facts, num_cores
+from benchmarks.report import card, machine_facts, num_cores, run_facts
 from benchmarks.several_devices_report import Copies, Load, Loss, Report
 from benchmarks.traffic import Job, Mix, draw_jobs
-from benchmarks.watch import Watch, roles_of
+from benchmarks.watch import Watch, workers_of
 
 CLIENTS_PER_DEVICE = 24
 COPIES_PER_DEVICE = 4
 MAX_JOBS_PER_SECOND = 40
 KILL_SHARE = 1 / 3
-POLL_SECONDS = 0.2
 TIMEOUT_SECONDS = 120.0
 CPU_DEVICES = ("cpu", "cpu")
-
-
-class NotReadyError(Exception):
-    """A worker was not ready in time."""
 
 
 def measure(arguments: argparse.Namespace, model: str, compile_cache: Path) -> Report:
     """Start, load, kill, compare.
 
     Raises:
-        ServerFailedError: The service did not start.
-        NotReadyError: A worker took longer than there is time.
+        ServerFailedError: The service did not start, or a worker took longer than there is time.
     """
     gives_up_at = time.monotonic() + arguments.max_seconds
     environment = {"INPAINT_COMPILE_CACHE": str(compile_cache), "INPAINT_LOG_LEVEL": "info"}
@@ -78,7 +69,7 @@ def measure(arguments: argparse.Namespace, model: str, compile_cache: Path) -> R
     with ExitStack() as stack:
         started_at = time.monotonic()
         server = service(devices)
-        wait_until_ready(server, gives_up_at)
+        servers.wait_for_all_workers(server, gives_up_at)
         start_seconds = time.monotonic() - started_at
         _say(f"{len(devices)} workers ready after {start_seconds:.0f} s")
         copies = asyncio.run(_copies(server, _jobs(arguments, 1)[0], COPIES_PER_DEVICE * len(devices)))
@@ -90,33 +81,16 @@ def measure(arguments: argparse.Namespace, model: str, compile_cache: Path) -> R
         load, one = _load(server, devices, arguments, kill_after_seconds=killing)
         _say(f"one worker killed: {load.summary.outcomes}")
         single = service(devices[:1])
-        wait_until_ready(server, gives_up_at)
+        servers.wait_for_all_workers(server, gives_up_at)
         loss = Loss(
             load,
             killing,
             rate_within(one, killing, one.sending_seconds),
             time.monotonic() - began_at - killing,
         )
-        wait_until_ready(single, gives_up_at)
+        servers.wait_for_all_workers(single, gives_up_at)
         alone, _ = _load(single, devices[:1], arguments)
         return Report(facts, start_seconds, copies, together, loss, alone)
-
-
-def wait_until_ready(server: servers.Server, gives_up_at: float) -> None:
-    """Until all workers are ready; the service itself says so with the first.
-
-    Raises:
-        NotReadyError: They are not, by then.
-    """
-    states: list[str] = []
-    with httpx.Client(trust_env=False, timeout=10.0) as client:
-        while time.monotonic() < gives_up_at:
-            model = client.get(f"{server.base_url}/v1/models").raise_for_status().json()["data"][0]
-            states = [worker["state"] for worker in model["workers"]]
-            if set(states) == {"ready"}:
-                return
-            time.sleep(POLL_SECONDS)
-    raise NotReadyError(f"{server.name}: workers were {', '.join(states)} when the time was over")
 
 
 def _load(
@@ -162,10 +136,7 @@ async def _closed(
 async def _kill_worker(server: servers.Server, after_seconds: float) -> None:
     """The one that was started last: of those on several devices, not the first's."""
     await asyncio.sleep(after_seconds)
-    children = psutil.Process(server.pid).children()
-    memory = {child.pid: child.memory_info().rss for child in children}
-    roles = roles_of(server.pid, set(memory), memory)
-    max((child for child in children if roles[child.pid] == "worker"), key=lambda child: child.create_time()).kill()
+    max(workers_of(server.pid), key=lambda worker: worker.create_time()).kill()
 
 
 async def _copies(server: servers.Server, job: Job, count: int) -> Copies:
@@ -212,7 +183,7 @@ def main() -> int:
         model = arguments.model or make_checkpoint(Path(folder) / "checkpoint", is_tiny=arguments.tiny)
         try:
             report = measure(arguments, str(model), arguments.compile_cache or Path(folder) / "compile-cache")
-        except (servers.ServerFailedError, NotReadyError) as error:
+        except servers.ServerFailedError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     document = json.dumps(asdict(report), indent=1) + "\n"
@@ -231,8 +202,7 @@ def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
         "requests": f"{arguments.size}x{arguments.size} PNG, {steps} steps, guidance on, five schedulers, "
         f"seed {arguments.seed}; every picture compared with its upload outside the mask",
         "seconds": arguments.seconds,
-        "command": shlex.join(["python", "-m", "benchmarks.several_devices", *sys.argv[1:]]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **run_facts("benchmarks.several_devices"),
     }
 
 

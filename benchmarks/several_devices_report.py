@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.figures import Summary
+from benchmarks.load import GOOD
 from benchmarks.report import words
 
 
@@ -86,7 +87,7 @@ class Report:
     def has_failed(self) -> bool:
         """Whether a request got no good answer."""
         loads = (self.together, self.loss.load, self.alone)
-        return self.copies.failed > 0 or any(set(load.summary.outcomes) != {"good"} for load in loads)
+        return self.copies.failed > 0 or any(set(load.summary.outcomes) != {GOOD} for load in loads)
 
     def markdown(self) -> str:
         """The table, and under it what one needs to know to read it."""

@@ -34,7 +34,7 @@ from benchmarks.scrape import scrape
 from benchmarks.servers import Server
 from benchmarks.soak_server import INSIDE_PATH
 from benchmarks.verdicts import Verdict, at_most, equals
-from benchmarks.watch import roles_of
+from benchmarks.watch import workers_of
 
 MEBIBYTE = 1024 * 1024
 
@@ -163,11 +163,7 @@ def look_at_rest(client: httpx.Client, pid: int) -> dict[str, float]:
 
 def _look(client: httpx.Client, pid: int) -> dict[str, float]:
     tasks = float(client.get(INSIDE_PATH).raise_for_status().json()["tasks"])
-    api = psutil.Process(pid)
-    children = {child.pid: child for child in api.children()}
-    memory = {pid: api.memory_info().rss} | {child: one.memory_info().rss for child, one in children.items()}
-    roles = roles_of(pid, set(children), memory)
-    workers = [children[child] for child in children if roles[child] == "worker"]
+    api, workers = psutil.Process(pid), workers_of(pid)
     return {**_counted("API", [api]), "API: tasks": tasks, **_counted("worker", workers)}
 
 

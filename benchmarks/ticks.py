@@ -15,18 +15,16 @@ CPU in less than a minute.
 import argparse
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import make_checkpoint
-from benchmarks.report import card, machine_facts, num_cores
+from benchmarks.report import card, machine_facts, num_cores, run_facts
 from benchmarks.servers import CPU_ENVIRONMENT
 from benchmarks.ticks_section import reading, ticks_tables
 from benchmarks.timeline import device_intervals, kernel_part, operator_part, timeline_of, top_level_operators
@@ -117,8 +115,7 @@ def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
         "card": card(arguments.device),
         "model": "synthetic, random weights" if arguments.model is None else Path(arguments.model).name,
         "dtype": arguments.dtype,
-        "command": shlex.join(["python", "-m", "benchmarks.ticks", *sys.argv[1:]]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **run_facts("benchmarks.ticks"),
     }
 
 

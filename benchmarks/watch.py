@@ -201,6 +201,15 @@ class _Tree:
             return set()
 
 
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The worker processes of a service, by the process that was started."""
+    api = psutil.Process(pid)
+    children = {child.pid: child for child in api.children()}
+    memory = {pid: api.memory_info().rss} | {child: one.memory_info().rss for child, one in children.items()}
+    roles = roles_of(pid, set(children), memory)
+    return [children[child] for child in children if roles[child] == "worker"]
+
+
 def roles_of(root: int, children: set[int], memory_bytes: dict[int, int]) -> dict[int, Role]:
     """Which process does what.
 

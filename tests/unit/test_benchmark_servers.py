@@ -2,9 +2,11 @@
 
 import asyncio
 import io
+import json
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from benchmarks import servers
 from benchmarks.peers import wire
 from benchmarks.peers.front import Inbox, create_app
 from benchmarks.peers.wire import FormError, PeerRequest
-from benchmarks.servers import ServerFailedError, Where
+from benchmarks.servers import Server, ServerFailedError, Where, wait_for_all_workers
 from service.request import Pixels
+from tests.unit.benchmark_server import Reply, Request, serving
 
 SIZE = 16
 FIELDS = {
@@ -216,3 +219,29 @@ def test_peers_wait_for_their_threads_as_the_service_does(monkeypatch: pytest.Mo
     servers.stock_lock("model", Where("cuda:0", None, 1))
     assert [changes.get("GOMP_SPINCOUNT") for changes in started] == ["1000", "1000", "7", None]
     assert started[1]["INPAINT_MAX_IMAGES"] == "4"
+
+
+def readiness(*states: str) -> Reply:
+    return 200, json.dumps({"workers": [{"state": state} for state in states]}).encode()
+
+
+def server_of(url: str) -> Server:
+    return Server("this service", f"{url}{wire.PATH}", 1.0, 1)
+
+
+def test_all_workers_are_waited_for() -> None:
+    """The service calls itself ready with its first one."""
+    replies: Iterator[Reply] = iter([readiness("ready", "loading: starting"), readiness("ready", "ready")])
+    with serving(lambda _: next(replies)) as url:
+        wait_for_all_workers(server_of(url), time.monotonic() + 60)
+    assert next(replies, None) is None
+
+
+def test_waiting_for_workers_has_an_end() -> None:
+    """And says what they were doing."""
+
+    def never(_: Request) -> Reply:
+        return readiness("ready", "restarting")
+
+    with serving(never) as url, pytest.raises(ServerFailedError, match="ready, restarting"):
+        wait_for_all_workers(server_of(url), time.monotonic() + 0.5)

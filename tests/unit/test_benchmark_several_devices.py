@@ -1,21 +1,15 @@
-"""The measurement of several devices: what it waits for, what it compares, what it says."""
+"""The measurement of several devices: what it compares, and what it says."""
 
 import dataclasses
 import io
-import json
-import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks.figures import Summary, spread_of
-from benchmarks.peers.wire import PATH
-from benchmarks.servers import Server
-from benchmarks.several_devices import NotReadyError, largest_difference, wait_until_ready
+from benchmarks.several_devices import largest_difference
 from benchmarks.several_devices_report import Copies, Load, Loss, Report
-from tests.unit.benchmark_server import Reply, Request, serving
 
 
 def load(devices: int, images_per_second: float, outcomes: dict[str, int]) -> Load:
@@ -85,29 +79,3 @@ def test_largest_difference_is_over_all_pictures_and_pixels() -> None:
     assert largest_difference([]) == 0
     assert largest_difference([png(100), png(100)]) == 0
     assert largest_difference([png(98), png(100), png(103), png(98)]) == 5
-
-
-def models(*states: str) -> Reply:
-    return 200, json.dumps({"data": [{"workers": [{"state": state} for state in states]}]}).encode()
-
-
-def server_of(url: str) -> Server:
-    return Server("this service", f"{url}{PATH}", 1.0, 1)
-
-
-def test_all_workers_are_waited_for() -> None:
-    """The service calls itself ready with its first one."""
-    replies: Iterator[Reply] = iter([models("ready", "loading: starting"), models("ready", "ready")])
-    with serving(lambda _: next(replies)) as url:
-        wait_until_ready(server_of(url), time.monotonic() + 60)
-    assert next(replies, None) is None
-
-
-def test_waiting_for_workers_has_an_end() -> None:
-    """And says what they were doing."""
-
-    def never(_: Request) -> Reply:
-        return models("ready", "restarting")
-
-    with serving(never) as url, pytest.raises(NotReadyError, match="ready, restarting"):
-        wait_until_ready(server_of(url), time.monotonic() + 0.5)
